@@ -1,0 +1,115 @@
+"""Copies of a model, the model inside a wrapper, and leaving a model as it was."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from torchtrim.errors import ModelError
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's model inside `torch.compile`, `DataParallel` or `DistributedDataParallel`.
+
+    Raises:
+        ModelError: Not an `nn.Module`, a scripted model, or a sharded one (FSDP), whose weights are not all here.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> unwrap(nn.DataParallel(net)) is net
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError("not a PyTorch model", found=type(model).__name__, expected="an nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "a TorchScript model has no Python forward to read",
+            found=type(model).__name__,
+            hint="the nn.Module it was scripted from",
+        )
+    if type(model).__name__ in {"FullyShardedDataParallel", "FSDPModule"}:
+        raise ModelError(
+            "a sharded model does not hold all of its weights here",
+            found=type(model).__name__,
+            hint="edit the model first, then shard it",
+        )
+    inner = model._modules.get("_orig_mod")
+    if inner is not None and type(model).__name__ == "OptimizedModule":
+        return unwrap(inner)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrap(model.module)
+    return model
+
+
+def structural_copy(model: nn.Module, *, own_buffers: bool = False) -> nn.Module:
+    """A copy of the modules that shares the parameters (and, unless `own_buffers`, the buffers): cheap at any size.
+
+    Tracing and checking run on such a copy, because a forward may keep state in Python attributes.
+
+    Raises:
+        ModelError: The model holds something that cannot be copied.
+    """
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = parameter
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().clone() if own_buffers else buffer
+    return _deepcopy(model, memo)
+
+
+def full_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the original.
+
+    Raises:
+        ModelError: The model holds something that cannot be copied.
+    """
+    return _deepcopy(model, {})
+
+
+def _deepcopy(model: nn.Module, memo: dict[int, object]) -> nn.Module:
+    for module in model.modules():
+        for value in list(module.__dict__.values()) + list(module._buffers.values()):
+            # A tensor computed from a parameter (old-style weight_norm keeps one) refuses deepcopy.
+            if isinstance(value, torch.Tensor) and not value.is_leaf and id(value) not in memo:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, copy.Error) as error:
+        raise ModelError(
+            f"the model cannot be copied: {error}", found=type(model).__name__, hint="take out what cannot be copied"
+        ) from error
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Leave Python's, NumPy's and torch's random states as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Leave every module's `training` flag as it was."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def is_meta(model: nn.Module) -> bool:
+    """Whether any weight lies on the meta device (has a shape and no values)."""
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
