@@ -1,1 +1,1 @@
-
+"""Measure a model: latency in fair rounds."""

@@ -1,1 +1,1 @@
-
+"""Change a model: one family of edits a file."""

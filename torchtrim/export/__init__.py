@@ -1,1 +1,1 @@
-
+"""Ship a model: ONNX files that have been run and compared."""

@@ -1,1 +1,1 @@
-
+"""Train what is left: freezing and parameter groups."""
