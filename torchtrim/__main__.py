@@ -1,0 +1,5 @@
+"""`python -m torchtrim`: the command line."""
+
+from torchtrim.cli import main
+
+main()
