@@ -1,0 +1,222 @@
+"""Find modules: by path, glob, type or predicate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from torch import nn
+
+from torchtrim.errors import PathError, SelectionError, nearest
+from torchtrim.graph.copying import unwrap
+from torchtrim.graph.execution import module_ticks, run_if_known
+from torchtrim.graph.inputs import ExampleInputs
+
+Predicate: TypeAlias = Callable[[str, nn.Module], bool]
+What: TypeAlias = "str | type[nn.Module] | Predicate | Sequence[str | type[nn.Module] | Predicate]"
+
+
+def find(
+    model: nn.Module,
+    what: What = "**",
+    *,
+    type: type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
+    where: Predicate | None = None,
+    expect: int | range | None = None,
+    example_inputs: ExampleInputs | None = None,
+) -> list[str]:
+    """The paths of the modules that fit, each module once.
+
+    A glob is matched component by component: `*`, `?` and `[...]` within one component, `**` across any number of
+    them, none included (`layer3.**` is `layer3` and all below it). The model itself is never among them. A module
+    with several names is given by the first that matches.
+
+    The order is that of execution where `example_inputs` are given or the model's history knows them, with what is
+    never called at the end; otherwise the order of registration.
+
+    Args:
+        model: Any module.
+        what: A path, a glob, a module type, a predicate of (path, module), or a list of these (any may fit).
+        type: Keep only modules of this type, or of one of these.
+        where: Keep only modules for which this predicate of (path, module) holds.
+        expect: How many there must be: a number, or a `range`.
+        example_inputs: What the forward takes; only used for the order.
+
+    Raises:
+        PathError: An exact path does not exist; the nearest are named.
+        SelectionError: Nothing fits (unless `expect` allows 0), or not as many as expected; lists what was found.
+        InputError: The model refuses the inputs.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+        >>> find(net, "**", type=nn.Linear, expect=2)
+        ['0', '2.0']
+        >>> find(net, lambda path, module: path.startswith("2."))
+        ['2.0', '2.1']
+    """
+    model = unwrap(model)
+    paths = _matching(model, what)
+    kept = [
+        path
+        for path in paths
+        if (type is None or isinstance(model.get_submodule(path), type))
+        and (where is None or where(path, model.get_submodule(path)))
+    ]
+    allowed = range(expect, expect + 1) if isinstance(expect, int) else expect
+    if not kept and (allowed is None or 0 not in allowed):
+        raise SelectionError(
+            f"nothing in {model.__class__.__name__} fits {describe(what)}{_filters(type, where)}",
+            found=f"{len(paths)} before the filters: {_some(paths)}" if paths else "no module",
+            expected=_count(allowed) if allowed is not None else None,
+            hint=nearest(what.replace("*", "").strip("."), _names(model)) if isinstance(what, str) else None,
+        )
+    if allowed is not None and len(kept) not in allowed:
+        raise SelectionError(
+            f"{describe(what)}{_filters(type, where)} fits {len(kept)} modules",
+            found=_some(kept),
+            expected=_count(allowed),
+            hint="a narrower selection" if len(kept) > max(allowed, default=0) else "a wider selection",
+        )
+    return _in_order(model, kept, example_inputs)
+
+
+def select(model: nn.Module, what: What, *, example_inputs: ExampleInputs | None = None) -> list[str]:
+    """`find` without filters: the paths that `what` names, at least one.
+
+    Raises:
+        PathError: An exact path does not exist.
+        SelectionError: Nothing fits.
+
+    Example:
+        >>> select(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), [nn.ReLU, "0"])
+        ['0', '1']
+    """
+    return find(model, what, example_inputs=example_inputs)
+
+
+def resolve(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path; `""` is the model itself.
+
+    Raises:
+        PathError: There is none; the nearest are named.
+
+    Example:
+        >>> resolve(nn.Sequential(nn.Linear(2, 3)), "0")
+        Linear(in_features=2, out_features=3, bias=True)
+    """
+    model = unwrap(model)
+    names: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    if path in names:
+        return names[path]
+    parent = path.rpartition(".")[0]
+    while parent not in names:
+        parent = parent.rpartition(".")[0]
+    children = [name for name, _ in names[parent].named_children()]
+    raise PathError(
+        f"{model.__class__.__name__} has no module of this name",
+        path=path,
+        expected=f"under {parent!r}: {_some(children)}" if children else None,
+        hint=nearest(path, (name for name in names if name)),
+    )
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a dotted name fits a glob, component by component.
+
+    Example:
+        >>> matches("layer3.2.conv1", "layer3.*.conv?"), matches("layer3.2.conv1", "layer3.*"), matches("fc", "**.fc")
+        (True, False, True)
+    """
+    return _fits(path.split("."), pattern.split("."))
+
+
+def is_glob(text: str) -> bool:
+    """Whether a string is a glob rather than a path."""
+    return any(mark in text for mark in "*?[")
+
+
+def describe(what: What) -> str:
+    """A selection in words, for messages.
+
+    Example:
+        >>> describe(["layer3.*", nn.ReLU])
+        "'layer3.*' or type ReLU"
+    """
+    if isinstance(what, str):
+        return repr(what)
+    if isinstance(what, type):
+        return f"type {what.__name__}"
+    if isinstance(what, Sequence):
+        return " or ".join(describe(item) for item in what) if what else "an empty list"
+    return f"predicate {getattr(what, '__name__', repr(what))}"
+
+
+def _matching(model: nn.Module, what: What) -> list[str]:
+    """Paths in registration order, each module once."""
+    everything = dict(model.named_modules(remove_duplicate=False))
+    found: dict[nn.Module, str] = {}
+
+    def take(item: object) -> None:
+        if isinstance(item, str) and (item in everything or not is_glob(item)):
+            found.setdefault(resolve(model, item), item)
+            return
+        for path, module in everything.items():
+            if path and _is(item, path, module):
+                found.setdefault(module, path)
+
+    items = what if isinstance(what, Sequence) and not isinstance(what, str) else [what]
+    for item in items:
+        take(item)
+    rank = {path: index for index, path in enumerate(everything)}
+    return sorted(found.values(), key=lambda path: rank[path])
+
+
+def _is(item: object, path: str, module: nn.Module) -> bool:
+    if isinstance(item, str):
+        return matches(path, item)
+    if isinstance(item, type):
+        return isinstance(module, item)
+    if isinstance(item, nn.Module) or not callable(item):
+        raise SelectionError(
+            "this selects nothing",
+            found=item.__class__.__name__,
+            expected="a path, a glob, a module type, a predicate of (path, module), or a list of these",
+        )
+    return bool(item(path, module))
+
+
+def _fits(parts: list[str], pattern: list[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_fits(parts[skip:], pattern[1:]) for skip in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
+
+
+def _in_order(model: nn.Module, paths: list[str], example_inputs: ExampleInputs | None) -> list[str]:
+    if len(paths) < 2 or (execution := run_if_known(model, example_inputs)) is None:
+        return paths
+    ticks = module_ticks(model, execution)
+    first_name = {module: path for path, module in model.named_modules()}
+    never = max(ticks.values(), default=0) + 1
+    return sorted(paths, key=lambda path: ticks.get(first_name[model.get_submodule(path)], never))
+
+
+def _names(model: nn.Module) -> list[str]:
+    return [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+
+
+def _filters(type: object, where: Predicate | None) -> str:
+    kinds = type if isinstance(type, tuple) else (type,)
+    text = f" of type {' or '.join(kind.__name__ for kind in kinds)}" if type is not None else ""
+    return text + (f" where {getattr(where, '__name__', repr(where))}" if where is not None else "")
+
+
+def _count(allowed: range) -> str:
+    return f"{allowed[0]} modules" if len(allowed) == 1 else f"a number of modules in {allowed}"
+
+
+def _some(paths: Sequence[str], limit: int = 12) -> str:
+    more = f", and {len(paths) - limit} more" if len(paths) > limit else ""
+    return ", ".join(paths[:limit]) + more if paths else "none"
