@@ -224,7 +224,6 @@ def bench(
     Example: torchtrim bench timm:resnet18 resnet18.onnx --threads 1
     """
     import torchtrim as tt
-
     from torchtrim.models import load_model
 
     candidates: dict[str, Any] = {}

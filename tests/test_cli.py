@@ -1,0 +1,244 @@
+"""The command line: what it prints, what it writes, and the exit codes it ends with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from torchtrim.cli import app
+from torchtrim.errors import PathError
+from torchtrim.models import load_model
+
+Run = Callable[..., Result]
+SMALL = "1,3,64,64"
+OWN_MODEL = """
+import torch
+from torch import nn
+
+def tiny():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
+
+class Ids(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, ids, scale):
+        return self.fc(self.embed(ids).mean(1)) * scale
+
+def broken():
+    raise ValueError("no such setting")
+"""
+
+
+@pytest.fixture
+def run() -> Run:
+    def call(*args: object) -> Result:
+        return CliRunner().invoke(app, [str(arg) for arg in args])
+
+    return call
+
+
+@pytest.fixture
+def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with a module of models that is not installed."""
+    (tmp_path / "ownmodels.py").write_text(OWN_MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "ownmodels", raising=False)
+    return tmp_path
+
+
+def answer(result: Result) -> Any:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_help_names_the_commands_and_exit_codes(run: Run) -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for text in ("inspect", "cut", "export", "verify", "bench", "demo", "Exit codes"):
+        assert text in result.stdout
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys, torchtrim, torchtrim.cli\n"
+        "torchtrim.cli.app(['cut', '--help'], standalone_mode=False)\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'onnx', 'timm')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_python_dash_m_gives_the_version_and_exit_codes() -> None:
+    def shell(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "torchtrim", *args], capture_output=True, text=True, check=False)
+
+    assert shell("--version").stdout.startswith("torchtrim 0.")
+    assert shell("inspect").returncode == 2
+    wrong = shell("inspect", "resnet18")
+    assert wrong.returncode == 1
+    assert wrong.stderr.strip().splitlines() == [
+        "torchtrim: resnet18: not the name of a model (expected: timm:NAME, torchvision:NAME or "
+        "package.module:function). Try: timm:resnet18"
+    ]
+
+
+def test_inspect_counts_the_parameters(run: Run) -> None:
+    model = load_model("timm:test_resnet").model
+    told = answer(run("inspect", "timm:test_resnet", "--json"))
+    assert sum(p.numel() for p in model.parameters()) in told.values()
+    shown = run("inspect", "timm:test_resnet", "--depth", 1)
+    assert shown.exit_code == 0
+    assert "layer1" in shown.stdout
+    assert "layer1.0.conv1" not in shown.stdout
+
+
+def test_inspect_a_model_of_ones_own_with_two_inputs(run: Run, own_models: Path) -> None:
+    result = run("inspect", "ownmodels:Ids", "--input", "2,7:int64", "--input", "2,1")
+    assert result.exit_code == 0, result.output
+    assert "embed" in result.stdout
+
+
+def test_cut_writes_an_onnx_file(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "net.onnx"
+    args = ("cut", "timm:test_resnet", "--after", "layer2", "--num-classes", 7, "--input", SMALL, "--out", out)
+    told = answer(run(*args, "--json"))
+    assert "summary" in told
+    graph = onnx.load(out).graph
+    assert [size.dim_value for size in graph.output[0].type.tensor_type.shape.dim][1:] == [7]
+
+    before = out.read_bytes()
+    again = run(*args)
+    assert again.exit_code == 1
+    assert "--overwrite" in again.stderr
+    assert out.read_bytes() == before
+    assert run(*args, "--overwrite").exit_code == 0
+
+
+def test_cut_writes_a_state_dict_with_the_original_keys(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "net.pt"
+    result = run("cut", "timm:test_resnet", "--after", "layer2", "--out", out)
+    assert result.exit_code == 0, result.output
+    kept = torch.load(out, weights_only=True)
+    original = load_model("timm:test_resnet").model.state_dict()
+    assert kept
+    assert set(kept) < set(original)
+    assert all(torch.equal(tensor, original[name]) for name, tensor in kept.items())
+    assert not any(name.startswith("layer3") for name in kept)
+
+
+def test_export_then_verify_then_disagree(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "net.onnx"
+    result = run("export", "timm:test_resnet", out, "--input", SMALL)
+    assert result.exit_code == 0, result.output
+    same = run("verify", out, "timm:test_resnet", "--input", SMALL)
+    assert same.exit_code == 0, result.output
+    other_weights = run("verify", out, "timm:test_resnet", "--input", SMALL, "--seed", 1, "--json")
+    assert other_weights.exit_code == 3
+    assert json.loads(other_weights.stdout)["error"]["type"] == "ExportMismatch"
+
+
+def test_export_dynamic_is_smaller(run: Run, tmp_path: Path) -> None:
+    for name, options in (("fp32", ()), ("int8", ("--quantize", "dynamic"))):
+        result = run("export", "timm:test_vit", tmp_path / f"{name}.onnx", *options)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.6 * (tmp_path / "fp32.onnx").stat().st_size
+
+
+def test_weights_from_a_file(run: Run, own_models: Path) -> None:
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
+    torch.save(net.state_dict(), "net.pt")
+    torch.save({"other": torch.zeros(1)}, "other.pt")
+    model = ("ownmodels:tiny", "--input", "1,3,8,8")
+    assert run("export", *model, "net.onnx", "--weights", "net.pt").exit_code == 0
+    assert run("verify", "net.onnx", *model, "--weights", "net.pt").exit_code == 0
+    assert run("verify", "net.onnx", *model).exit_code == 3
+    wrong = run("inspect", *model, "--weights", "other.pt")
+    assert wrong.exit_code == 1
+    assert "does not hold weights of this model" in wrong.stderr
+
+
+def test_bench_times_models_and_files_side_by_side(run: Run, own_models: Path) -> None:
+    assert run("export", "ownmodels:tiny", "net.onnx", "--input", "1,3,8,8").exit_code == 0
+    timing = ("--seconds", 0.05, "--threads", 1)
+    told = answer(run("bench", "ownmodels:tiny", "net.onnx", "--input", "1,3,8,8", *timing, "--json"))
+    assert [row["kind"] for row in told["timings"]] == ["pytorch", "onnxruntime"]
+    assert all(row["median_ms"] > 0 for row in told["timings"])
+    alone = run("bench", "net.onnx", *timing)
+    assert alone.exit_code == 0
+    assert "net.onnx" in alone.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("inspect", "timm:test_resnt"), "test_resnet"),
+        (("inspect", "torchvision:resnet81"), "resnet18"),
+        (("inspect", "net.trim"), "not in this version"),
+        (("inspect", "nosuchmodule:net"), "could not be imported"),
+        (("inspect", "ownmodels:tinny"), "'tiny'"),
+        (("inspect", "ownmodels:broken"), "no such setting"),
+        (("inspect", "ownmodels:tiny"), "--input 1,3,224,224"),
+        (("inspect", "ownmodels:tiny", "--pretrained"), "takes no pretrained argument"),
+        (("inspect", "ownmodels:tiny", "--input", "1,3,x"), "not a shape"),
+        (("inspect", "ownmodels:tiny", "--input", "1,3,8,8:Tensor"), "not a shape"),
+        (("inspect", "ownmodels:tiny", "--input", "1,4,8,8"), "[1, 4, 8, 8]"),
+        (("cut", "timm:test_resnet", "--after", "layer9", "--out", "a.onnx"), "layer"),
+        (("cut", "timm:test_resnet", "--after", "layer1", "--out", "a.txt"), ".onnx or .pt"),
+        (("cut", "timm:test_resnet", "--after", "layer1", "--out", "no/folder/a.onnx"), "no such folder"),
+        (("export", "timm:test_resnet", "a.onnx", "--target", "tpu"), "tpu"),
+        (("export", "timm:test_resnet", "a.onnx", "--quantize", "int3"), "int3"),
+        (("verify", "missing.onnx", "timm:test_resnet"), "missing.onnx"),
+        (("bench", "missing.onnx"), "missing.onnx"),
+    ],
+)
+def test_errors_are_one_line(run: Run, own_models: Path, args: tuple[str, ...], says: str) -> None:
+    result = run(*args)
+    assert result.exit_code == 1, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("torchtrim: ")
+    assert says in line
+    assert not Path("a.onnx").exists()
+    told = json.loads(run(*args, "--json").stdout)["error"]
+    assert set(told) == {"type", "message", "path", "found", "expected", "hint"}
+
+
+def test_debug_raises(run: Run, tmp_path: Path) -> None:
+    result = run("cut", "timm:test_resnet", "--after", "layer9", "--out", tmp_path / "a.onnx", "--debug")
+    assert isinstance(result.exception, PathError)
+
+
+def test_same_name_gives_the_same_weights_and_leaves_the_random_state() -> None:
+    before = torch.get_rng_state()
+    first, second = (load_model("timm:test_resnet").model.state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("timm:test_vit", (3, 160, 160)),
+        ("torchvision:resnet18", (3, 224, 224)),
+        ("torchvision:googlenet", (3, 224, 224)),
+        ("torchvision:lraspp_mobilenet_v3_large", (3, 520, 520)),
+        ("torchvision:r3d_18", (3, 16, 112, 112)),
+        ("torchvision:ssdlite320_mobilenet_v3_large", None),
+    ],
+)
+def test_a_zoo_name_knows_its_input(name: str, shape: tuple[int, ...] | None) -> None:
+    named = load_model(name)
+    assert named.input_shape == shape
+    assert not named.model.training
