@@ -46,6 +46,8 @@ def imports(source: Path) -> Iterator[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{source}: a relative import"
+            if [alias.name for alias in node.names] == ["__version__"]:
+                continue
             names = [node.module or ""]
         else:
             continue

@@ -194,16 +194,16 @@ def verify(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run an ONNX file against its model, on random inputs at batch 1 and 3; exit code 3 where they disagree.
+    """Run an ONNX file against its model, on random inputs at batch 1 and another; exit code 3 where they disagree.
 
     Example: torchtrim verify resnet18.onnx timm:resnet18 --pretrained
     """
     import torchtrim as tt
-    from torchtrim.graph.inputs import Inputs
+    from torchtrim.models import load_model
 
-    named, x = _load(model, input, pretrained, weights, seed)
-    batches = [Inputs.of(x).with_batch(1).args, Inputs.of(_example(named, input, seed + 1)).with_batch(3).args]
-    _show(tt.verify_onnx(file, named.model, batches), json)
+    named = load_model(model, pretrained=pretrained, weights=weights, seed=seed)
+    # Another seed than the one an export was checked with.
+    _show(tt.verify_onnx(file, named.model, example_inputs=_example(named, input, seed + 1, batch=3)), json)
 
 
 @app.command(epilog=_EXIT_CODES)
@@ -262,12 +262,12 @@ def _load(
     return named, _example(named, shapes, seed)
 
 
-def _example(named: NamedModel, shapes: list[str] | None, seed: int) -> tuple[torch.Tensor, ...]:
+def _example(named: NamedModel, shapes: list[str] | None, seed: int, batch: int = 1) -> tuple[torch.Tensor, ...]:
     if shapes:
         return _tensors(shapes, seed)
     if named.input_shape is None:
         raise InputError("nothing says which input this model takes", path=named.name, hint="--input 1,3,224,224")
-    return _tensors([",".join(map(str, (1, *named.input_shape)))], seed)
+    return _tensors([",".join(map(str, (batch, *named.input_shape)))], seed)
 
 
 def _tensors(shapes: list[str], seed: int) -> tuple[torch.Tensor, ...]:
