@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torchtrim.errors import InputError, ModelError, TorchTrimError
 from torchtrim.graph.copying import is_meta, kept_random_state, structural_copy, unwrap
 from torchtrim.graph.inputs import ExampleInputs, Inputs
-from torchtrim.graph.watch import Call, Watch, dtype_name
+from torchtrim.graph.watch import Call, Value, Watch, dtype_name, values_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Execution:
     """One forward in eval (or train) mode.
 
     Attributes:
+        inputs: The tensors the model was given.
         calls: Every module call, by start. A module whose weights its parent uses without calling it (`out_proj` of
             `nn.MultiheadAttention`) has none; `first_use` knows of its weights.
         first_use: When each parameter was first read, by its first name; unread parameters are absent.
@@ -34,6 +35,7 @@ class Execution:
             depends on values.
     """
 
+    inputs: tuple[Value, ...]
     calls: tuple[Call, ...]
     first_use: dict[str, int]
     macs: dict[str, int]
@@ -87,7 +89,7 @@ def run_fake(model: nn.Module, inputs: Inputs, *, train: bool = False) -> Execut
         share = batch if outputs and outputs[0].shape[:1] == (batch,) else 1
         macs = {path: count // share for path, count in execution.macs.items()}
         own_macs = {path: count // share for path, count in execution.own_macs.items()}
-    return Execution(execution.calls, execution.first_use, macs, own_macs, execution.ran)
+    return replace(execution, macs=macs, own_macs=own_macs)
 
 
 def run_if_known(model: nn.Module, example_inputs: ExampleInputs | None) -> Execution | None:
@@ -213,24 +215,26 @@ def _run_once(model: nn.Module, inputs: Inputs, train: bool, *, real: bool) -> E
         stack.enter_context(kept_random_state())
         stack.enter_context(torch.no_grad())
         stack.enter_context(_no_fused_attention())
+        twin = structural_copy(model, own_buffers=real)
         if real:
-            twin = structural_copy(model, own_buffers=True)
-            inputs = inputs.fresh()
+            given = inputs.fresh()
         else:
-            fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            twin = _faked(structural_copy(model), fake)
-            inputs = inputs.map(fake.from_tensor)
+            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            # Copied before the mode is entered: inside it, the copies of plain tensors would be fakes too.
+            twin, given = _faked(twin, fake), inputs.map(fake.from_tensor)
+            stack.enter_context(fake)
         twin.train(train)
-        watch = stack.enter_context(Watch(twin))
+        watch = stack.enter_context(Watch(twin, real=real))
         try:
-            inputs.call(twin)
+            given.call(twin)
         except (TorchTrimError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise watch.refusal(error, inputs) from error
     calls = tuple(sorted(watch.calls, key=lambda call: call.start))
     macs, own_macs = dict(watch.macs), dict(watch.own_macs)
-    return Execution(calls, watch.first_use, macs, own_macs, "real" if real else "fake")
+    values = values_of((inputs.args, inputs.kwargs))
+    return Execution(values, calls, watch.first_use, macs, own_macs, "real" if real else "fake")
 
 
 @contextmanager

@@ -70,8 +70,9 @@ class Watch(TorchDispatchMode):
         own_macs: MACs spent by the path itself, outside the modules it calls.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, real: bool) -> None:
         TorchDispatchMode.__init__(self)
+        self.real = real
         self.clock = 0
         self.frames: list[_Frame] = []
         self.calls: list[Call] = []
@@ -122,7 +123,7 @@ class Watch(TorchDispatchMode):
         for tensor in tensors:
             if (name := self.names.get(id(tensor))) is not None:
                 self.first_use.setdefault(name, self.clock)
-        if func._overloadpacket in _ONE_TYPE and len({tensor.dtype for tensor in tensors}) > 1:
+        if not self.real and func._overloadpacket in _ONE_TYPE and len({tensor.dtype for tensor in tensors}) > 1:
             # Fake tensors let this pass; no kernel does.
             raise RuntimeError(f"{func} needs one type, got {', '.join(sorted(dtype_name(t.dtype) for t in tensors))}")
         out = func(*args, **kwargs)
@@ -149,6 +150,7 @@ class Watch(TorchDispatchMode):
 
 
 _ONE_TYPE = {
+    torch.ops.aten.convolution,
     torch.ops.aten.mm,
     torch.ops.aten.addmm,
     torch.ops.aten.bmm,
