@@ -1,0 +1,247 @@
+"""`cut`: keep what leads to a node, drop the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from torchtrim.edits.history import Applied, Edit, count_params, record
+from torchtrim.edits.truncate import Tap, truncated
+from torchtrim.errors import CheckFailed, EditError, PathError, nearest
+from torchtrim.graph.check import Mismatch, Side, compare
+from torchtrim.graph.copying import full_copy, unwrap
+from torchtrim.graph.inputs import ExampleInputs, Inputs
+from torchtrim.graph.reader import Reader, Site, addresses, ancestors, inputs_for
+
+
+@dataclass(frozen=True)
+class Cut(Edit):
+    """Keep what leads to some nodes.
+
+    Attributes:
+        after: The addresses of the nodes whose values the model returns.
+        names: Their names, where the outputs are a dict.
+        single: Whether it returns the value itself, not a tuple of one.
+    """
+
+    kind: ClassVar[str] = "cut"
+    after: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = None
+    single: bool = True
+
+
+def cut(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    after: str | Sequence[str] | Mapping[str, str],
+    copy: bool = True,
+    check: bool = True,
+) -> nn.Module:
+    """Cut a model after a layer: a model that computes that layer's output, and holds no more than it needs for it.
+
+    What is kept keeps its class, its hooks and its `state_dict` keys. Only modules that the cut goes through are opened
+    (replaced by a `torch.fx.GraphModule` under the same path); an `nn.Sequential` is shortened. It is right in train and
+    in eval mode, also where the two run different branches.
+
+    Args:
+        model: Any `nn.Module`. It is left as it was.
+        example_inputs: A tensor, or a tuple or dict of them, as the model takes them.
+        after: Where to cut, by address. A module's address is its path (`"layer3"`, `"layer3.0.conv1"`); a function or
+            method that the module at `path` calls is `"path:name"`, such as `"layer3.0:add"`, or `":flatten"` in the
+            model's own forward. Where several calls have that name, `#0`, `#1`, ... behind it count them in the order
+            of execution: `"layer3.0.relu#1"`. `trace` lists them all. A list gives a model that returns a tuple, a dict
+            `{address: name}` one that returns a dict by name.
+        copy: Copy the parameters. Without it the new model is made of the original's own modules and parameters (for
+            big models, or inside a training loop), and the original should no longer be used.
+        check: Run the result against the original, in both modes, at several batch sizes and another input size: about
+            eight forwards.
+
+    Returns:
+        The cut model. Its output has the shape that the node has in `trace`.
+
+    Raises:
+        PathError: No such path, it is never called, or it is called several times (the message lists the addresses).
+        EditError: The path feeds nothing, or lies in a module that cannot be opened.
+        CheckFailed: The result does not compute what the original computes there.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+        >>> backbone = cut(net, torch.zeros(1, 3, 8, 8), after="1")
+        >>> backbone(torch.zeros(2, 3, 8, 8)).shape, sorted(backbone.state_dict())
+        (torch.Size([2, 8, 6, 6]), ['0.bias', '0.weight'])
+    """
+    model = unwrap(model)
+    inputs = inputs_for(model, example_inputs)
+    edit = _edit(after)
+    reader = _read(model, inputs, edit.after)
+    taps = [_tap(model, reader, address) for address in edit.after]
+    notes = tuple(note for tap in taps for note in _notes(tap, reader))
+
+    def build(clone: bool, whole: bool = False) -> nn.Module:
+        return truncated(model, reader, taps, names=edit.names, single=edit.single, clone=clone, whole=whole)
+
+    # A value that is returned and used further may be written to by an in-place layer: then a copy of it is returned.
+    net = build(clone=not check)
+    checked: tuple[str, ...] = ("not checked",)
+    if check:
+        reference = _reference(model, reader, taps, edit, inputs, build)
+        try:
+            checked = compare(reference, Side(net), inputs)
+        except Mismatch:
+            net = build(clone=True)
+            checked = compare(reference, Side(net), inputs)
+    before = count_params(model)
+    if copy:
+        net = full_copy(net)
+    record(model, net, inputs, Applied(edit, before, count_params(net), notes, checked))
+    return net
+
+
+def _edit(after: str | Sequence[str] | Mapping[str, str]) -> Cut:
+    if isinstance(after, str):
+        return Cut((after,))
+    if isinstance(after, Mapping):
+        names: tuple[str, ...] | None = tuple(after.values())
+        if len(set(names or ())) != len(after):
+            raise EditError("two outputs have one name", found=list(after.values()), expected="a name for each")
+    else:
+        names = None
+    addresses_ = tuple(after)
+    if not addresses_:
+        raise EditError("nothing to cut after", found=after, expected="a path, or several")
+    if not all(isinstance(address, str) for address in addresses_):
+        raise EditError("a place to cut is given by its path", found=after, expected="strings")
+    return Cut(addresses_, names, single=False)
+
+
+def _read(model: nn.Module, inputs: Inputs, wanted: tuple[str, ...]) -> Reader:
+    """Read the model, opening what the addresses lie in and nothing else."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first = {id(module): path for path, module in reversed(modules.items())}
+    through: set[str] = set()
+    for address in wanted:
+        path, colon, _ = address.partition("#")[0].partition(":")
+        if path not in modules:
+            raise PathError("no such module", path=path, hint=nearest(path, modules))
+        if path == "" and not colon:
+            raise PathError("that is the whole model: nothing would be cut", path="''", hint="the path of a module in it")
+        for inner in [*ancestors(path), *([path] if colon else [])]:
+            through |= {inner, first[id(modules[inner])]}
+    return Reader(model, inputs, wanted=lambda path, module: path in through, both_modes=True).read()
+
+
+def _tap(model: nn.Module, reader: Reader, address: str) -> Tap:
+    """Where an address lies in the graphs that were read."""
+    found = addresses(reader.sites)
+    name, _, number = address.partition("#")
+    path, colon, function = name.partition(":")
+    canonical = _first_name(model, path) + colon + function
+    wanted = f"{canonical}#{number}" if number else canonical
+    if wanted in found:
+        return _described(reader, address, found[wanted])
+    several = [each for each in found if each.partition("#")[0] == canonical]
+    if len(several) == 1 and number in ("", "0"):
+        return _described(reader, address, found[several[0]])
+    if several:
+        raise PathError(
+            "it is called several times, and has a value for each" if not number else "no such call",
+            path=address,
+            found=f"{len(several)} calls",
+            hint="one of " + ", ".join(repr(each) for each in several),
+        )
+    for inner in (*ancestors(path), *([path] if colon else [])):
+        if inner in reader.closed:
+            raise EditError(f"it lies in {inner!r}, which cannot be opened: {reader.closed[inner]}", path=address, hint=f"after={inner!r}")
+    if colon:
+        inside = [each for each in found if each.startswith(f"{path}:")]
+        raise PathError("no such call in this module's forward", path=address, hint=nearest(canonical, inside) or f"one of {inside[:8]}")
+    raise PathError(
+        "it is never called for these inputs, so it has no value to cut after",
+        path=address,
+        hint="a path that tt.trace lists",
+    )
+
+
+def _first_name(model: nn.Module, path: str) -> str:
+    target = model.get_submodule(path)
+    return next(name for name, module in model.named_modules() if module is target)
+
+
+def _described(reader: Reader, address: str, site: Site) -> Tap:
+    if site.mode == "train":
+        raise EditError("it is computed in train mode only, so the cut model would have no output in eval mode", path=address)
+    if site.op == "input":
+        raise EditError("that is an input of the model: nothing leads to it", path=address)
+    if not any(user.op != "call_function" or user.name for user in site.node.users):
+        raise EditError(
+            "its output feeds nothing in the model: nothing depends on it", path=address, hint="the path of a layer whose output is used"
+        )
+    return Tap(reader, site)
+
+
+def _notes(tap: Tap, reader: Reader) -> list[str]:
+    """What else used the value, where more than one call did."""
+    users = [
+        str(other.name)
+        for other in reader.sites
+        if other.mode == "eval" and other.owner is tap.site.owner and tap.site.node in other.node.all_input_nodes
+    ]
+    if len(users) < 2:
+        return []
+    return [f"the value of {tap.site.name!r} fed {len(users)} calls: {', '.join(users)}"]
+
+
+def _reference(
+    model: nn.Module, reader: Reader, taps: list[Tap], edit: Cut, inputs: Inputs, build: Any
+) -> Side:
+    """How to get the same values from the original: hooks on modules; for functions, the whole opened model."""
+    if all(tap.site.op == "module" for tap in taps):
+        return Side(model, lambda module, given: _structured(edit, _captured(module, given, taps)))
+    whole = build(clone=True, whole=True)
+    try:
+        compare(Side(model), Side(whole, lambda module, given: given.call(module)[0]), inputs)
+    except Mismatch as error:
+        raise CheckFailed(f"the model cannot be opened here: {error.message}", path=edit.after[0]) from error
+    return Side(whole, lambda module, given: given.call(module)[1])
+
+
+class _Captured(Exception):  # noqa: N818
+    """All values are there: the rest of the original need not run."""
+
+
+def _captured(module: nn.Module, inputs: Inputs, taps: list[Tap]) -> list[Any]:
+    values: dict[int, Any] = {}
+    calls: dict[str, int] = {}
+    paths = {tap.site.name for tap in taps}
+
+    def hook(path: str) -> Any:
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            count = calls[path] = calls.get(path, -1) + 1
+            for index, tap in enumerate(taps):
+                if tap.site.name == path and tap.call == count:
+                    values[index] = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, output)
+            if len(values) == len(taps):
+                raise _Captured
+
+        return keep
+
+    handles = [module.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    try:
+        inputs.call(module)
+    except _Captured:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [values[index] for index in range(len(taps))]
+
+
+def _structured(edit: Cut, values: list[Any]) -> Any:
+    if edit.names is not None:
+        return dict(zip(edit.names, values, strict=True))
+    return values[0] if edit.single else tuple(values)

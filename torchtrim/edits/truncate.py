@@ -1,0 +1,310 @@
+"""Shorten the graphs that were read, so that they compute some values inside them and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from torchtrim.errors import EditError
+from torchtrim.graph.guards import GUARDS, expect_argument
+from torchtrim.graph.opened import has_output_hooks, opened
+from torchtrim.graph.reader import Frame, Reader, Site, pair_nodes
+
+_OWN = ()  # the place of a module's own output among what it is to return
+
+
+class Tap:
+    """A value to return: the calls that lead to it, from the model's own forward inwards."""
+
+    def __init__(self, reader: Reader, site: Site) -> None:
+        self.site = site
+        caller = {each.inside: each for each in reader.sites if each.inside is not None}
+        self.steps = [site]
+        while self.steps[0].owner.path:
+            self.steps.insert(0, caller[self.steps[0].owner])
+        same = [each for each in reader.sites if each.name == site.name and each.mode == site.mode]
+        self.call = same.index(site)
+
+
+def truncated(
+    model: nn.Module,
+    reader: Reader,
+    taps: Sequence[Tap],
+    *,
+    names: Sequence[str] | None,
+    single: bool,
+    clone: bool,
+    whole: bool = False,
+) -> nn.Module:
+    """The model that computes the taps.
+
+    Args:
+        model: The model whose modules to use; it has the paths that were read.
+        reader: What was read of it.
+        taps: The values to return.
+        names: Names for them: the result is a dict.
+        single: The result is the one value itself.
+        clone: Return copies of values that are used further, in case a later in-place layer writes to them.
+        whole: Return `(the model's own output, the taps)`.
+
+    Raises:
+        EditError: A module that is called several times would have to be cut at one call and not at another.
+    """
+    work = _Truncation(model, clone)
+    steps = [tuple(tap.steps) for tap in taps]
+    root = reader.frames[""][0]
+
+    def result(values: dict[tuple[Site, ...], Any]) -> Any:
+        found = [values[step] for step in steps]
+        shaped: Any = dict(zip(names, found, strict=True)) if names is not None else tuple(found)
+        shaped = found[0] if single else shaped
+        return (values[_OWN], shaped) if whole else shaped
+
+    return work.module(root, steps, own=whole, result=None if single and not whole else result)
+
+
+class _Truncation:
+    def __init__(self, model: nn.Module, clone: bool) -> None:
+        self.model = model
+        self.clone = clone
+
+    def module(self, frame: Frame, steps: list[tuple[Site, ...]], own: bool, result: Any = None) -> nn.Module:
+        """The module that returns its own output (where `own`) and the values at `steps`."""
+        source = self.model.get_submodule(frame.path)
+        if len(set(steps)) == 1 and not own and result is None and type(source).forward is nn.Sequential.forward:
+            return self._sequential(source, frame, steps[0])
+        inner: dict[fx.Node, list[tuple[Site, ...]]] = {}
+        for step in dict.fromkeys(steps):
+            if len(step) > 1:
+                inner.setdefault(step[0].node, []).append(step[1:])
+        direct = [step[0].node for step in steps if len(step) == 1]
+        pairs = pair_nodes(frame)
+        plans = [_Plan(frame.eval.graph, frame.module, direct, inner, own)]
+        if frame.differs:
+            there = {pairs[node]: value for node, value in inner.items() if node in pairs}
+            plans.append(_Plan(frame.train.graph, frame.module, [pairs[n] for n in direct if n in pairs], there, own))
+            if len(plans[1].direct) < len(direct) or len(there) < len(inner):
+                raise EditError("a value to cut after is not computed in train mode", path=steps[0][-1].name)
+        children = self._children(frame, plans, steps)
+        graphs = [self._graph(plan, frame, steps, own, result, mode) for plan, mode in zip(plans, ("eval", "train"), strict=False)]
+        return opened(source, graphs[0], graphs[1] if len(graphs) > 1 else None, replacements=children, output_hooks=own)
+
+    def _sequential(self, source: nn.Module, frame: Frame, step: tuple[Site, ...]) -> nn.Module:
+        calls = [node for node in frame.eval.graph.nodes if node.op == "call_module"]
+        position = calls.index(step[0].node)
+        shell = copy.copy(source)
+        shell._modules = dict(list(source._modules.items())[: position + 1])
+        if has_output_hooks(source):
+            last = position == len(source._modules) - 1 and len(step) == 1
+            for name in () if last else ("_forward_hooks", "_backward_hooks"):
+                shell.__dict__[name] = type(shell.__dict__[name])()
+        if len(step) > 1:
+            inside = step[0].inside
+            if inside is None:
+                raise EditError("it was not opened", path=step[0].name)
+            name = list(shell._modules)[-1]
+            shell._modules[name] = self.module(inside, [step[1:]], own=False)
+        return shell
+
+    def _children(self, frame: Frame, plans: list[_Plan], steps: list[tuple[Site, ...]]) -> dict[str, nn.Module]:
+        """The children that the values go through, shortened; one that is called often must be cut alike each time."""
+        wanted: dict[str, tuple[Site, bool, list[tuple[Site, ...]]]] = {}
+        needs_own = {str(node.target) for plan in plans for node in plan.inner if node in plan.values}
+        for step in steps:
+            if len(step) > 1:
+                target = str(step[0].node.target)
+                site, _, inner = wanted.setdefault(target, (step[0], target in needs_own, []))
+                if site is step[0] and step[1:] not in inner:
+                    inner.append(step[1:])
+        shapes: dict[str, set[tuple[bool, tuple[str, ...]]]] = {}
+        for plan in plans:
+            for node in plan.kept:
+                if node.op == "call_module" and str(node.target) in wanted:
+                    taps = tuple(sorted("/".join(_name(site) for site in step) for step in plan.inner.get(node, [])))
+                    shapes.setdefault(str(node.target), set()).add((node in plan.values, taps))
+        for target, found in shapes.items():
+            if len({taps for _, taps in found}) > 1 or len({own for own, _ in found}) > 1 and len(found) > len(plans):
+                raise EditError(
+                    "this module is called several times, and would be cut at one call and not at another",
+                    path=wanted[target][0].name,
+                    hint="cut after the same place in each of its calls, or after the module itself",
+                )
+        children = {}
+        for target, (site, own, inner) in wanted.items():
+            if site.inside is None:
+                raise EditError("it was not opened", path=site.name)
+            children[target] = self.module(site.inside, inner, own, None)
+        self._own = {**getattr(self, "_own", {}), **{(frame.path, target): own for target, (_, own, _) in wanted.items()}}
+        return children
+
+    def _graph(
+        self, plan: _Plan, frame: Frame, steps: list[tuple[Site, ...]], own: bool, result: Any, mode: str
+    ) -> fx.Graph:
+        """The shortened graph of one mode."""
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        values: dict[tuple[Site, ...], Any] = {}
+        pairs = pair_nodes(frame) if mode == "train" else {}
+        taken: dict[fx.Node, list[tuple[Site, ...]]] = {}
+        for step in dict.fromkeys(steps):
+            node = step[0].node if mode == "eval" else pairs[step[0].node]
+            taken.setdefault(node, []).append(step)
+        for node in plan.graph.nodes:
+            if node not in plan.kept or node.op == "output":
+                continue
+            twin = graph.node_copy(node, lambda other: copied[other])
+            copied[node] = twin
+            inner = [step for step in taken.get(node, []) if len(step) > 1]
+            if inner:
+                child_own = self._own[frame.path, str(node.target)]
+                parts = ([_OWN] if child_own else []) + inner
+                for index, part in enumerate(parts):
+                    value = twin if len(parts) == 1 else graph.call_function(operator.getitem, (twin, index))
+                    if part is _OWN:
+                        copied[node] = value
+                    else:
+                        values[part] = value
+            for step in taken.get(node, []):
+                if len(step) == 1:
+                    used = self.clone and any(user in plan.kept for user in node.users)
+                    values[step] = graph.call_method("clone", (copied[node],)) if used else copied[node]
+        if own:
+            (output,) = [node for node in plan.graph.nodes if node.op == "output"]
+            values[_OWN] = fx.node.map_arg(output.args[0], lambda other: copied[other])
+        if result is not None:
+            graph.output(result(values))
+        else:
+            parts = ([values[_OWN]] if own else []) + [values[step] for step in dict.fromkeys(steps)]
+            graph.output(parts[0] if len(parts) == 1 else tuple(parts))
+        return graph
+
+
+def _name(site: Site) -> str:
+    return f"{site.node.op}:{site.node.target}:{site.node.name}"
+
+
+class _Plan:
+    """Which nodes of one graph are kept.
+
+    Attributes:
+        kept: All that stay.
+        values: Those whose own value is used (a child that is only passed through on the way inwards is not).
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        module: nn.Module,
+        direct: list[fx.Node],
+        inner: dict[fx.Node, list[tuple[Site, ...]]],
+        own: bool,
+    ) -> None:
+        self.graph = graph
+        self.module = module
+        self.direct = direct
+        self.inner = inner
+        order = {node: index for index, node in enumerate(graph.nodes)}
+        (output,) = [node for node in graph.nodes if node.op == "output"]
+        roots = [*direct, *inner, *([output] if own else [])]
+        last = max(order[node] for node in roots)
+        self.kept: set[fx.Node] = set(inner)
+        self.values: set[fx.Node] = set()
+        for node in direct:
+            self._need(node)
+        for node in [*inner, *([output] if own else [])]:
+            self.kept.add(node)
+            for source in node.all_input_nodes:
+                self._need(source)
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                self.kept.add(node)
+        self._keep_effects(order, last)
+
+    def _need(self, node: fx.Node) -> None:
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current in self.values:
+                continue
+            self.values.add(current)
+            self.kept.add(current)
+            stack += current.all_input_nodes
+
+    def _keep_effects(self, order: dict[fx.Node, int], last: int) -> None:
+        """Keep what has an effect on kept values: in-place operations, guards and assertions."""
+        changed = True
+        while changed:
+            changed = False
+            for node in self.graph.nodes:
+                if node in self.kept or order[node] > last:
+                    continue
+                sources = _through_functions(node)
+                if node.target is expect_argument:
+                    effect = True
+                elif node.target in GUARDS or getattr(node.target, "__name__", "") == "_assert":
+                    # a check of values that are all there anyway; not a reason to compute more
+                    effect = all(each in self.kept for each in sources if each.op == "call_module")
+                elif _writes(node, self.module):
+                    effect = any(each in self.values and each.op != "placeholder" for each in sources) or any(
+                        each.op in ("placeholder", "get_attr") for each in sources
+                    )
+                else:
+                    effect = False
+                if effect:
+                    changed = True
+                    self.kept.add(node)
+                    for source in node.all_input_nodes:
+                        self._need(source)
+
+
+def _through_functions(node: fx.Node) -> set[fx.Node]:
+    """The values that a node's inputs may be, or be views of."""
+    found: set[fx.Node] = set()
+    stack = list(node.all_input_nodes)
+    while stack:
+        current = stack.pop()
+        if current not in found:
+            found.add(current)
+            if current.op in ("call_function", "call_method"):
+                stack += current.all_input_nodes
+    return found
+
+
+def _writes(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a call writes to one of its arguments."""
+    if node.op == "call_module":
+        return any(getattr(child, "inplace", False) is True for child in module.get_submodule(str(node.target)).modules()) and False
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    if node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None:
+        return True
+    name = getattr(node.target, "__name__", "")
+    if node.target is operator.setitem or (name.endswith("_") and not name.startswith("_")):
+        return True
+    if getattr(operator, name, None) is node.target and name.startswith("i") and name in _IN_PLACE_OPERATORS:
+        return True
+    return any(argument is True for argument in node.args) and _inplace_argument(node)
+
+
+_IN_PLACE_OPERATORS = {
+    "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor",
+}  # fmt: skip
+
+
+def _inplace_argument(node: fx.Node) -> bool:
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False  # a builtin without a signature takes no `inplace`
+    return bound.arguments.get("inplace") is True
+
+
+__all__ = ["Tap", "torch", "truncated"]

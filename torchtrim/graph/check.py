@@ -1,0 +1,258 @@
+"""Compare two models that should compute the same, in both modes, at several batch sizes and at another input size."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchtrim.errors import CheckFailed, GuardError, InputError
+from torchtrim.graph.copying import is_meta, kept_random_state, structural_copy
+from torchtrim.graph.inputs import Inputs
+
+_TOLERANCE = 1e-4  # of the largest value: what the order of additions may change, and no more
+_SIZE_STEP = 32
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: how to call it, and the module whose modes and buffers are looked at."""
+
+    module: nn.Module
+    call: Callable[[nn.Module, Inputs], Any] = lambda module, inputs: inputs.call(module)  # noqa: E731
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of running both: a mode and inputs."""
+
+    name: str
+    training: bool
+    inputs: Inputs
+
+
+class Mismatch(CheckFailed):
+    """What differed, in which variant."""
+
+    variant: Variant
+
+
+def variants(inputs: Inputs) -> list[Variant]:
+    """Eval and train mode, batches 1, 2 and 3 or more, and another size of picture."""
+    batch = inputs.batch
+    several = max(batch, 2)
+    found = [
+        Variant(f"eval, batch {batch}", False, inputs),
+        Variant(f"train, batch {several}", True, inputs.with_batch(several)),
+        Variant(f"eval, batch {3 if batch == 1 else 1}", False, inputs.with_batch(3 if batch == 1 else 1)),
+    ]
+    resized = inputs.with_batch(1).map(_resized)
+    if any(a.shape != b.shape for a, b in zip(resized.tensors, inputs.with_batch(1).tensors, strict=True)):
+        size = "x".join(str(length) for length in resized.tensors[0].shape[2:])
+        found.append(Variant(f"eval, size {size}", False, resized))
+    return found
+
+
+def compare(reference: Side, candidate: Side, inputs: Inputs) -> tuple[str, ...]:
+    """Run both in every variant; returns what was checked and what could not be, in words.
+
+    Neither module is changed: copies are run that share their parameters and own their buffers.
+    Time: four forwards of each.
+
+    Raises:
+        InputError: The reference refuses the example inputs.
+        Mismatch: The candidate computes something else.
+    """
+    if is_meta(reference.module) or any(tensor.is_meta for tensor in inputs.tensors):
+        return ("not run: the model is on the meta device",)
+    done: list[str] = []
+    for position, variant in enumerate(variants(inputs)):
+        try:
+            expected, expected_buffers = run(reference, variant)
+        except Exception as error:
+            if position == 0:
+                raise InputError(
+                    f"the model does not run on the example inputs: {error}", found=inputs.describe()
+                ) from error
+            done.append(f"{variant.name}: not checked, the original refuses it")
+            continue
+        try:
+            found, found_buffers = run(candidate, variant)
+        except GuardError as error:
+            if "size" not in variant.name:
+                raise _mismatch(variant, str(error)) from error
+            done.append(f"{variant.name}: refused, the graph holds for the example's size")
+            continue
+        except Exception as error:
+            raise _mismatch(variant, f"it raises {type(error).__name__}: {error}") from error
+        difference = differs(expected, found)
+        if difference is not None:
+            raise _mismatch(variant, difference)
+        for name, buffer in found_buffers.items():
+            if name in expected_buffers and differs(expected_buffers[name], buffer) is not None:
+                raise _mismatch(variant, f"buffer {name!r} ends with other values")
+        done.append(f"{variant.name}: equal")
+    return tuple(done)
+
+
+def run(side: Side, variant: Variant) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The outputs and the buffers afterwards, of a copy, with random numbers that depend on the place alone."""
+    module = structural_copy(side.module, own_buffers=True)
+    module.train(variant.training)
+    with kept_random_state(), torch.no_grad(), _seeded(module):
+        torch.manual_seed(0)
+        outputs = side.call(module, variant.inputs.fresh())
+    return outputs, dict(module.named_buffers())
+
+
+@contextmanager
+def _seeded(module: nn.Module) -> Iterator[None]:
+    """Seed by path before every module call: what a branch draws does not depend on which other branches ran."""
+    counts: dict[str, int] = {}
+
+    def hook(path: str) -> Callable[..., None]:
+        def seed(_module: nn.Module, _args: Any) -> None:
+            counts[path] = counts.get(path, 0) + 1
+            torch.manual_seed(zlib.crc32(f"{path}#{counts[path]}".encode()))
+
+        return seed
+
+    handles = [child.register_forward_pre_hook(hook(path), prepend=True) for path, child in module.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def differs(expected: Any, found: Any) -> str | None:
+    """In words, how two outputs differ; `None` where they agree."""
+    left, right = flatten(expected), flatten(found)
+    if list(left) != list(right):
+        return f"outputs {sorted(right)} instead of {sorted(left)}"
+    for name, one in left.items():
+        other = right[name]
+        if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+            if type(one) is not type(other) or one != other:
+                return f"output {name} is {other!r} instead of {one!r}"
+        elif one.shape != other.shape or one.dtype != other.dtype:
+            return f"output {name} is {other.dtype}{list(other.shape)} instead of {one.dtype}{list(one.shape)}"
+        elif not _close(one, other):
+            return f"output {name} differs by {_distance(one, other):.3g} (largest value {_largest(one):.3g})"
+    return None
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if torch.equal(one, other):
+        return True
+    if not one.is_floating_point():
+        return not one.is_complex() and False
+    tolerance = _TOLERANCE if one.dtype in (torch.float32, torch.float64) else 0.02
+    return bool(
+        torch.allclose(
+            one.double(), other.double(), rtol=0.0, atol=tolerance * max(_largest(one), 1e-6), equal_nan=True
+        )
+    )
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    finite = tensor.double().nan_to_num(0.0, 0.0, 0.0)
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return _largest(one.double() - other.double())
+
+
+def flatten(value: Any, name: str = "output") -> dict[str, Any]:
+    """The tensors (and other leaves) of a forward's result, by name: tuples, dicts and dataclasses are looked into."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    if isinstance(value, dict):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = list(zip(value._fields, value, strict=True))
+    elif isinstance(value, (tuple, list)):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    elif is_dataclass(value) and not isinstance(value, type):
+        items = [(field.name, getattr(value, field.name)) for field in fields(value)]
+    else:
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, item in items:
+        found |= flatten(item, f"{name}.{key}")
+    return found
+
+
+def _resized(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dim() != 4 or not tensor.is_floating_point():
+        return tensor
+    height, width = tensor.shape[2] + _SIZE_STEP, tensor.shape[3] + _SIZE_STEP
+    return nn.functional.interpolate(tensor.float(), size=(height, width)).to(tensor.dtype)
+
+
+def _mismatch(variant: Variant, difference: str) -> Mismatch:
+    error = Mismatch(f"it does not compute what the original does in {variant.name}: {difference}")
+    error.variant = variant
+    return error
+
+
+def first_difference(reference: nn.Module, candidate: nn.Module, variant: Variant, suspects: set[str]) -> str:
+    """The suspect (a module path) that is the first to return something else, all that it called being right."""
+    exits, _ = _watched(reference, variant)
+    found, stack = _watched(candidate, variant)
+    expected = dict(exits)
+    for path, digest in found:
+        if differs(expected.get(path), digest) is not None:
+            return _nearest_suspect(path[0], suspects)
+    return _nearest_suspect(stack[-1] if stack else "", suspects)
+
+
+def _nearest_suspect(path: str, suspects: set[str]) -> str:
+    while path and path not in suspects:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _watched(module: nn.Module, variant: Variant) -> tuple[list[tuple[tuple[str, int], Any]], list[str]]:
+    """A digest of each module call's outputs in the order of return, and the calls that never returned."""
+    twin = structural_copy(module, own_buffers=True)
+    twin.train(variant.training)
+    exits: list[tuple[tuple[str, int], Any]] = []
+    counts: dict[str, int] = {}
+    stack: list[str] = []
+
+    def enter(path: str) -> Callable[..., None]:
+        return lambda _module, _args: stack.append(path)
+
+    def leave(path: str) -> Callable[..., None]:
+        def note(_module: nn.Module, _args: Any, output: Any) -> None:
+            stack.pop()
+            counts[path] = counts.get(path, 0) + 1
+            exits.append(((path, counts[path]), {name: _digest(value) for name, value in flatten(output).items()}))
+
+        return note
+
+    for path, child in twin.named_modules():
+        child.register_forward_pre_hook(enter(path))
+        child.register_forward_hook(leave(path))
+    with kept_random_state(), torch.no_grad(), _seeded(twin):
+        torch.manual_seed(0)
+        try:
+            variant.inputs.fresh().call(twin)
+        except Exception as error:
+            exits.append((("", 0), {"output": repr(error)}))
+            return exits[:-1], stack
+    return exits, stack
+
+
+def _digest(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or not value.numel():
+        return str(value)
+    number = value.double() if not value.is_complex() else value.abs().double()
+    return torch.stack([number.sum(), number.abs().sum(), number.square().sum()])

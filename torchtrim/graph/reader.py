@@ -1,0 +1,367 @@
+"""Read a whole model: open its modules one inside the other, and list every call in the order of execution."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from torchtrim.errors import InputError, TraceError
+from torchtrim.graph.copying import kept_random_state, structural_copy, unwrap
+from torchtrim.graph.guards import GUARDS
+from torchtrim.graph.execution import known_inputs
+from torchtrim.graph.inputs import ExampleInputs, Inputs
+from torchtrim.graph.opening import Evaluation, Reading, Value, read_forward, same_graph
+
+
+def inputs_for(model: nn.Module, example_inputs: ExampleInputs | None) -> Inputs:
+    """The example inputs given, or such as the model's history knows the shapes of.
+
+    Raises:
+        InputError: Neither.
+    """
+    if example_inputs is not None:
+        return Inputs.of(example_inputs)
+    known = known_inputs(model)
+    if known is None:
+        raise InputError(
+            f"the input shapes of this {type(model).__name__} are not known yet",
+            expected="example_inputs: a tensor, or a tuple or dict of them",
+            hint="pass example inputs as the second argument, such as torch.zeros(1, 3, 224, 224)",
+        )
+    return known
+
+
+@dataclass(eq=False)
+class Frame:
+    """One call of one opened module: its graph in each mode.
+
+    Attributes:
+        path: The module's path; `""` is the model itself.
+        module: The module, in the reader's own copy of the model.
+        eval: Its graph in eval mode.
+        train: Its graph in train mode.
+        differs: Whether the two graphs are different.
+    """
+
+    path: str
+    module: nn.Module
+    eval: Reading
+    train: Reading
+    differs: bool
+
+
+@dataclass(eq=False)
+class Site:
+    """One call (of a module, a function or a method), one input, or one attribute, where it stands in its frame.
+
+    Attributes:
+        name: The path of a module or attribute; `"path:function"` for a function called by the module at `path`.
+        op: `"input"`, `"module"`, `"function"`, `"method"` or `"attribute"`.
+        owner: The frame whose forward makes the call.
+        node: Its node in the owner's eval graph (in the train graph, where `mode` is `"train"`).
+        mode: `"eval"` or `"train"`: the graph that `node` belongs to.
+        target: The module, the function, the method's name, the value of an attribute, or which input tensor it is.
+        args: Positional arguments; a `Site` stands for what it computes.
+        kwargs: Keyword arguments, likewise.
+        inside: The frame of the call itself, where its module was opened.
+    """
+
+    name: str
+    op: str
+    owner: Frame
+    node: fx.Node
+    mode: str
+    target: Any
+    args: Any = ()
+    kwargs: Any = field(default_factory=dict)
+    inside: Frame | None = None
+
+    @property
+    def inputs(self) -> list[Site]:
+        """The sites whose values this one takes, each once, in order."""
+        found: dict[Site, None] = {}
+        map_sites((self.args, self.kwargs), lambda site: found.setdefault(site))
+        return list(found)
+
+
+@dataclass(eq=False)
+class Reader:
+    """Reads a model, on a copy of its own that shares the weights.
+
+    Attributes:
+        wanted: Which modules to open, by path and module.
+        both_modes: Open modules whose graphs differ between train and eval mode too.
+        root: That copy.
+        closed: The modules that were to be opened and could not be, with the reason.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    wanted: Callable[[str, nn.Module], bool]
+    both_modes: bool = False
+    root: nn.Module = field(init=False)
+    closed: dict[str, str] = field(default_factory=dict)
+    frames: dict[str, list[Frame]] = field(init=False)
+    sites: list[Site] = field(init=False)
+    outputs: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.root = structural_copy(unwrap(self.model))
+        self.inputs.bind(self.root)
+        self._evaluation = Evaluation()
+        self._pairs: dict[Frame, dict[fx.Node, fx.Node]] = {}
+
+    def read(self) -> Reader:
+        """Read the model once. Called again after something was added to `closed`, it reads anew.
+
+        Raises:
+            TraceError: The model's own forward cannot be read.
+        """
+        with kept_random_state(), torch.enable_grad():
+            while True:
+                self.frames, self.sites, self.outputs = {}, [], {}
+                self._read_root()
+                # A module that could not be opened at one of its calls is open at another: close it and read again.
+                if not any(path in self.frames for path in self.closed):
+                    return self
+
+    def _read_root(self) -> None:
+        tensors = self.inputs.tensors
+        values = self._input_values()
+        positions = {id(values[id(tensor)]): index for index, tensor in enumerate(tensors)}
+        mapped = self.inputs.map(lambda tensor: values[id(tensor)])
+        args, kwargs = mapped.args, mapped.kwargs
+        readings = [
+            read_forward(
+                self.root,
+                args,
+                kwargs,
+                wanted=self.wanted,
+                closed=self.closed,
+                evaluation=self._evaluation,
+                training=training,
+            )
+            for training in (False, True)
+        ]
+        frame = Frame("", self.root, *readings, differs=not same_graph(readings[0].graph, readings[1].graph))
+        names = list(self.inputs.bind(self.root))
+        sites: dict[int, Site] = {}
+
+        def site_of(value: Value, name: str, mode: str) -> Site:
+            if id(value) not in sites:
+                node = next(iter(getattr(frame, mode).graph.nodes))
+                sites[id(value)] = Site(f":{name}", "input", frame, node, mode, positions[id(value)])
+                self.sites.append(sites[id(value)])
+            return sites[id(value)]
+
+        bound = Inputs(args, kwargs).bind(self.root)
+        for mode in ("eval", "train") if frame.differs else ("eval",):
+            environment = {
+                name: map_values(bound[name], lambda value, name=name, mode=mode: site_of(value, name, mode))
+                for name in names
+            }
+            self.outputs[mode] = self._walk(frame, mode, environment)
+        self.outputs.setdefault("train", self.outputs["eval"])
+
+    def _input_values(self) -> dict[int, Value]:
+        batch = max(self.inputs.batch, 2)
+        fake = self._evaluation.fake
+        fakes = [
+            self.inputs.with_batch(size).map(lambda tensor: fake.from_tensor(tensor.detach())).tensors
+            for size in (batch, batch + 1)
+        ]
+        return {
+            id(tensor): Value(lambda index=index: (fakes[0][index], fakes[1][index]))
+            for index, tensor in enumerate(self.inputs.tensors)
+        }
+
+    def _opened(self, frame: Frame, mode: str, node: fx.Node, path: str) -> Frame | None:
+        """The frame of a child's call, where the child was opened in both modes."""
+        if path in self.closed:
+            return None
+        here = getattr(frame, mode).children.get(node)
+        there = here
+        if mode == "eval":
+            counterpart = self._counterpart(frame, node)
+            there = frame.train.children.get(counterpart) if counterpart is not None else here
+        if here is None or there is None:
+            return None
+        child = Frame(path, here.module, here, there, differs=not same_graph(here.graph, there.graph))
+        if child.differs and not self.both_modes:
+            self.closed[path] = "its graph differs between train and eval mode"
+            return None
+        if any(not same_graph(child.eval.graph, other.eval.graph) for other in self.frames.get(path, [])):
+            self.closed[path] = "it is called several times, each time in another way"
+            return None
+        return child
+
+    def _counterpart(self, frame: Frame, node: fx.Node) -> fx.Node | None:
+        """The node of the train graph that makes the same call as one of the eval graph."""
+        if frame not in self._pairs:
+            self._pairs[frame] = pair_nodes(frame)
+        return self._pairs[frame].get(node)
+
+    def _walk(self, frame: Frame, mode: str, bound: dict[str, Any]) -> Any:
+        """List the sites of one frame; returns the structure of sites that it returns."""
+        self.frames.setdefault(frame.path, []).append(frame)
+        reading: Reading = getattr(frame, mode)
+        results: dict[fx.Node, Any] = {}
+
+        def resolved(argument: Any) -> Any:
+            return fx.node.map_arg(argument, lambda node: _Wrapped(results[node]))
+
+        for node in reading.graph.nodes:
+            args, kwargs = unwrap_results(resolved(node.args)), unwrap_results(resolved(node.kwargs))
+            if node.op == "output":
+                return args[0]
+            if node.op == "placeholder":
+                name = str(node.target).strip("*")
+                results[node] = bound.get(name, node.args[0] if node.args else None)
+                continue
+            if node.target in GUARDS:
+                continue
+            results[node] = self._visit(frame, mode, node, args, kwargs)
+        raise TraceError("its graph has no output", path=frame.path)
+
+    def _visit(self, frame: Frame, mode: str, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_module":
+            path = join(frame.path, str(node.target))
+            module = frame.module.get_submodule(str(node.target))
+            site = Site(path, "module", frame, node, mode, module, args, kwargs)
+            self.sites.append(site)
+            site.inside = self._opened(frame, mode, node, path)
+            if site.inside is None:
+                return site
+            bound = Inputs(args, kwargs).bind(module)
+            if site.inside.differs:
+                self._walk(site.inside, "train", bound)
+            return self._walk(site.inside, "eval", bound)
+        if node.op == "get_attr":
+            site = Site(join(frame.path, str(node.target)), "attribute", frame, node, mode, _attribute(frame, node))
+        elif node.op == "call_method":
+            site = Site(f"{frame.path}:{node.target}", "method", frame, node, mode, node.target, args, kwargs)
+        else:
+            picked = _pick(node.target, args)
+            if picked is not _NOTHING:
+                return picked
+            name = getattr(node.target, "__name__", type(node.target).__name__)
+            site = Site(f"{frame.path}:{name}", "function", frame, node, mode, node.target, args, kwargs)
+        self.sites.append(site)
+        return site
+
+
+def addresses(sites: list[Site]) -> dict[str, Site]:
+    """Every site by its address: its name, with `#k` behind it where several have that name.
+
+    Sites of the train graph that the eval graph has too are left out.
+    """
+    counts: dict[tuple[str, str], int] = {}
+    for site in sites:
+        counts[site.mode, site.name] = counts.get((site.mode, site.name), 0) + 1
+    seen: dict[tuple[str, str], int] = {}
+    found: dict[str, Site] = {}
+    for site in sites:
+        key = (site.mode, site.name)
+        several = max(counts.get(("eval", site.name), 0), counts.get(("train", site.name), 0)) > 1
+        address = f"{site.name}#{seen.get(key, 0)}" if several else site.name
+        seen[key] = seen.get(key, 0) + 1
+        found.setdefault(address, site)
+    return found
+
+
+def pair_nodes(frame: Frame) -> dict[fx.Node, fx.Node]:
+    """For each node of a frame's eval graph the one of its train graph that makes the same call, where there is one."""
+    if not frame.differs:
+        return dict(zip(frame.eval.graph.nodes, frame.train.graph.nodes, strict=True))
+    counted: dict[tuple[Any, ...], list[fx.Node]] = {}
+    for node in frame.train.graph.nodes:
+        counted.setdefault((node.op, node.target), []).append(node)
+    pairs = {}
+    for node in frame.eval.graph.nodes:
+        rest = counted.get((node.op, node.target))
+        if rest:
+            pairs[node] = rest.pop(0)
+    return pairs
+
+
+def join(parent: str, child: str) -> str:
+    """The path of a module's child."""
+    return f"{parent}.{child}" if parent else child
+
+
+def ancestors(path: str) -> Iterator[str]:
+    """The paths of the modules that a module lies in, outermost first; the model itself is `""`.
+
+    Example:
+        >>> list(ancestors("layer1.0.conv1"))
+        ['', 'layer1', 'layer1.0']
+    """
+    yield ""
+    parts = path.split(".")
+    for length in range(1, len(parts)):
+        yield ".".join(parts[:length])
+
+
+def map_sites(value: Any, function: Callable[[Site], Any]) -> Any:
+    """A structure with every `Site` in it passed through `function`."""
+    return _map(value, Site, function)
+
+
+def map_values(value: Any, function: Callable[[Value], Any]) -> Any:
+    """A structure with every `Value` in it passed through `function`."""
+    return _map(value, Value, function)
+
+
+def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(item, kind, function) for item in value))
+    if isinstance(value, (tuple, list)):
+        # fx hands out its own immutable lists and tuples; plain ones are what the original functions were given
+        items = [_map(item, kind, function) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, dict):
+        return {key: _map(item, kind, function) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_map(item, kind, function) for item in (value.start, value.stop, value.step)))
+    return value
+
+
+@dataclass(eq=False)
+class _Wrapped:
+    """A result on its way through `map_arg`, which would look into it otherwise."""
+
+    result: Any
+
+
+def unwrap_results(value: Any) -> Any:
+    return _map(value, _Wrapped, lambda wrapped: wrapped.result)
+
+
+_NOTHING = object()
+
+
+def _pick(function: Any, args: Any) -> Any:
+    """An item or attribute of a structure that is known, instead of a call that looks it up."""
+    if function not in (operator.getitem, getattr) or len(args) < 2 or isinstance(args[0], (Site, str)):
+        return _NOTHING
+    holder, key = args[0], args[1]
+    if isinstance(key, Site) or not isinstance(holder, (tuple, list, dict)):
+        return _NOTHING
+    try:
+        return function(holder, key)
+    except (LookupError, AttributeError, TypeError) as error:
+        raise InputError(f"cannot read {key!r} of a {type(holder).__name__}: {error}") from error
+
+
+def _attribute(frame: Frame, node: fx.Node) -> Any:
+    value: Any = frame.module
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value
