@@ -14,9 +14,10 @@ class Table:
 
     Attributes:
         title: What the table shows.
-        columns: The names of the columns; the first is text, the others are set to the right.
+        columns: The names of the columns.
         rows: One tuple of texts a row.
         notes: Lines under the table.
+        left: How many columns, from the first, hold text; the others are set to the right.
 
     Example:
         >>> print(Table("", ("name", "ms"), (("a", "1.0"),)).markdown())
@@ -29,6 +30,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: Sequence[str] = ()
+    left: int = 1
 
     def text(self) -> str:
         """The table in plain characters."""
@@ -39,7 +41,7 @@ class Table:
 
         table = RichTable(box=box.SIMPLE_HEAD, title=Text(self.title), title_justify="left", pad_edge=False)
         for position, column in enumerate(self.columns):
-            table.add_column(Text(column), justify="right" if position else "left", no_wrap=True)
+            table.add_column(Text(column), justify="left" if position < self.left else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(*map(Text, row))
         stream = io.StringIO()
@@ -52,7 +54,7 @@ class Table:
         """The table in Markdown, with the title above it and the notes below."""
         lines = [f"**{self.title}**", ""] if self.title else []
         lines.append("| " + " | ".join(self.columns) + " |")
-        lines.append("| " + " | ".join("---:" if i else "---" for i in range(len(self.columns))) + " |")
+        lines.append("| " + " | ".join("---" if i < self.left else "---:" for i in range(len(self.columns))) + " |")
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join(lines + [""] * bool(self.notes) + list(self.notes))
 

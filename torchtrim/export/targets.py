@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 import onnx
 from onnx import defs, helper
 
@@ -171,9 +170,7 @@ def _since(op: str, opset: int) -> int:
 
 
 def _letter(elem_type: int) -> str:
-    if elem_type == onnx.TensorProto.BFLOAT16:
-        return "g"
-    return str(np.dtype(helper.tensor_dtype_to_np_dtype(elem_type)).char).replace("q", "l").replace("Q", "L")
+    return _LETTERS.get(_dtype_name(elem_type), "none")
 
 
 def _dtype_name(elem_type: int) -> str:
@@ -194,7 +191,22 @@ def _kernels() -> dict[str, dict[int, dict[str, str]]]:
     return table
 
 
-_EVERY = "?BILSbdfghils"  # NumPy's type characters, and g for bfloat16
+_LETTERS = {
+    "bool": "?",
+    "int8": "b",
+    "int16": "s",
+    "int32": "i",
+    "int64": "l",
+    "uint8": "B",
+    "uint16": "S",
+    "uint32": "I",
+    "uint64": "L",
+    "float16": "h",
+    "bfloat16": "g",
+    "float": "f",
+    "double": "d",
+}
+_EVERY = "".join(_LETTERS.values())
 
 # operator: its versions (of those in opsets 18 to 28) that have a kernel, and their types; `|` where versions differ
 _CUDA_KERNELS = """

@@ -1,0 +1,148 @@
+"""Smaller weights in an ONNX file: int8 with dynamic activations, or float16."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+
+from torchtrim.errors import ExportError
+from torchtrim.export.targets import has_cuda_kernel
+
+DYNAMIC_OPS = ("MatMul", "Gemm")
+_QUANTIZABLE = ("MatMul", "Gemm", "Conv", "Attention", "EmbedLayerNormalization", "Gather", "LSTM")
+_INTEGER_OPS = (
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+    "ConvInteger",
+    "DynamicQuantizeLSTM",
+    "QAttention",
+    "QEmbedLayerNormalization",
+)
+
+
+def quantize_dynamic(
+    source: Path,
+    destination: Path,
+    *,
+    ops: Sequence[str] = DYNAMIC_OPS,
+    per_channel: bool = True,
+    reduce_range: bool = False,
+    external_data: bool = False,
+) -> int:
+    """Write a copy of an ONNX file with int8 weights, whose activations are quantized to uint8 while it runs.
+
+    ONNX Runtime's pre-processing (constant folding, fusions, shapes) is done first. Products of two activations, as
+    in attention, stay in float.
+
+    Args:
+        source: The float file.
+        destination: Where the int8 file goes.
+        ops: The operators whose weights are quantized. Convolutions are slower in dynamic int8 than in float.
+        per_channel: One scale for each output channel instead of one for each weight.
+        reduce_range: Weights in 7 bits, for x86 processors without VNNI, whose 8-bit sums can overflow.
+        external_data: Keep the weights beside the file (past 2 GB).
+
+    Returns:
+        How many nodes compute in int8 now.
+
+    Raises:
+        ExportError: An operator that has no dynamic int8 form, or a file that ONNX Runtime cannot quantize.
+    """
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization import quantize_dynamic as ort_quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    unknown = [op for op in ops if op not in _QUANTIZABLE]
+    if unknown or not ops:
+        raise ExportError(
+            "operators that have no dynamic int8 form", found=unknown or "none", expected=", ".join(_QUANTIZABLE)
+        )
+    prepared = destination.with_name(f"{destination.stem}.prepared.onnx")
+    try:
+        with _quiet_root_logger():
+            # The exporter has written every shape already; ONNX Runtime's symbolic pass can only fail on them.
+            quant_pre_process(
+                source,
+                prepared,
+                skip_symbolic_shape=True,
+                save_as_external_data=external_data,
+                all_tensors_to_one_file=external_data,
+            )
+            ort_quantize_dynamic(
+                prepared,
+                destination,
+                op_types_to_quantize=list(ops),
+                per_channel=per_channel,
+                reduce_range=reduce_range,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=external_data,
+                extra_options={"MatMulConstBOnly": True},
+            )
+    except Exception as error:  # its parts raise what they like, and share no base class
+        raise ExportError(
+            f"ONNX Runtime cannot quantize this model: {type(error).__name__}: {error}",
+            path=source.name,
+            hint="quantize=None, or fewer dynamic_ops",
+        ) from error
+    finally:
+        for leftover in destination.parent.glob(f"{prepared.name}*"):
+            leftover.unlink()
+    return count_quantized(destination)
+
+
+def count_quantized(path: Path) -> int:
+    """How many nodes of an ONNX file compute in int8."""
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    return sum(node.op_type in _INTEGER_OPS for node in nodes)
+
+
+def to_float16(source: Path, destination: Path, *, half_io: bool = False, external_data: bool = False) -> None:
+    """Write a copy of an ONNX file that computes in float16, as ONNX Runtime's CUDA provider can.
+
+    Operators that the provider runs in float32 only stay in float32.
+
+    Args:
+        source: The float file.
+        destination: Where the float16 file goes.
+        half_io: Take and give float16 too; inputs and outputs stay float32 otherwise.
+        external_data: Keep the weights beside the file (past 2 GB).
+
+    Raises:
+        ExportError: The file cannot be converted.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = onnx.load(source)
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    used = {node.op_type for node in model.graph.node}
+    kept = sorted(op for op in used if not has_cuda_kernel(op, opset, "h"))
+    try:
+        converted = convert_float_to_float16(
+            model, keep_io_types=not half_io, op_block_list=kept, disable_shape_infer=external_data
+        )
+    except Exception as error:  # as above
+        raise ExportError(f"the file cannot be turned into float16: {error}", path=source.name) from error
+    onnx.save(
+        converted,
+        destination,
+        save_as_external_data=external_data,
+        all_tensors_to_one_file=True,
+        location=f"{destination.name}.data" if external_data else None,
+    )
+
+
+@contextmanager
+def _quiet_root_logger() -> Iterator[None]:
+    """Hold back ONNX Runtime's advice to pre-process, which it logs even where that has been done."""
+    root = logging.getLogger()
+    advice = logging.Filter("torchtrim")
+    root.addFilter(advice)
+    try:
+        yield
+    finally:
+        root.removeFilter(advice)
