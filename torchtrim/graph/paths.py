@@ -116,7 +116,7 @@ def resolve(model: nn.Module, path: str) -> nn.Module:
     raise PathError(
         f"{model.__class__.__name__} has no module of this name",
         path=path,
-        expected=f"under {parent!r}: {_some(children)}" if children else None,
+        expected=(f"under {parent!r}: " if parent else "") + _some(children),
         hint=nearest(path, (name for name in names if name)),
     )
 
