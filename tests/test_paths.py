@@ -100,7 +100,7 @@ def test_an_unknown_path_names_the_nearest() -> None:
     assert caught.value.path == "layer1.0.conv9"
     with pytest.raises(PathError, match="under 'layer1': 0"):
         resolve(model, "layer1.7")
-    with pytest.raises(PathError, match="expected: none"):
+    with pytest.raises(PathError, match="under 'fc': none"):
         resolve(model, "fc.weight")
     with pytest.raises(PathError):
         select(model, ["layer1", "layer9"])
