@@ -146,7 +146,7 @@ def test_export_then_verify_then_disagree(run: Run, tmp_path: Path) -> None:
     assert same.exit_code == 0, result.output
     other_weights = run("verify", out, "timm:test_resnet", "--input", SMALL, "--seed", 1, "--json")
     assert other_weights.exit_code == 3
-    assert json.loads(other_weights.stdout)["error"]["type"] == "ExportMismatch"
+    assert json.loads(other_weights.stdout)["error"]["type"] == "VerificationFailed"
 
 
 def test_export_dynamic_is_smaller(run: Run, tmp_path: Path) -> None:

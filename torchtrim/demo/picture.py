@@ -56,7 +56,7 @@ def _draw_curve(axis: Any, curve: Sequence[Epoch]) -> None:
     axis.grid(axis="y", color=_GRID)
     _plain(axis)
     right = axis.twinx()
-    right.plot(epochs, [epoch.loss for epoch in curve], "o-", color=_LOSS, lw=2, ms=5)
+    right.plot(epochs, [epoch.loss for epoch in curve], "o-", color=_LOSS, lw=2, ms=5, clip_on=False, zorder=3)
     right.set_ylim(0, 1.08 * max(epoch.loss for epoch in curve))
     right.set_ylabel("training loss", color=_LOSS)
     _plain(right)
