@@ -18,10 +18,11 @@ def draw(stages: Sequence[Stage], curve: Sequence[Epoch], title: str, path: Path
     """Write a PNG: the training curve on the left; size, latency and accuracy of every stage on the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(13, 5.6), dpi=110, facecolor="white", layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.04)
+    figure = Figure(figsize=(13, 5.6), dpi=110, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04)
     figure.suptitle(title, fontsize=13.5, color=_INK, fontweight="bold", x=0.012, ha="left")
     learning, *costs = figure.subplots(1, 4, width_ratios=[1.75, 1, 1, 1])
     _draw_curve(learning, curve)
