@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torchtrim.bench.latency import benchmark
 from torchtrim.bench.machine import machine
 from torchtrim.bench.table import Table
 from torchtrim.errors import ExportError, InputError, ModelError
+from torchtrim.export.onnx import export_onnx
 
 
 def slow(x: torch.Tensor) -> torch.Tensor:
@@ -64,6 +66,18 @@ def test_compile_is_a_candidate_of_its_own() -> None:
     result = benchmark({"mlp": model}, torch.zeros(1, 4), compile=True, rounds=2)
     assert [timing.kind for timing in result.timings] == ["pytorch", "compiled"]
     assert not hasattr(model, "_orig_mod")
+
+
+def test_onnx_file_alone_and_beside_its_model(tmp_path: Path) -> None:
+    model = nn.Linear(4, 2)
+    path = export_onnx(model, torch.zeros(2, 4), tmp_path / "linear.onnx", benchmark=False).path
+    alone = benchmark(path, batch=3, rounds=2)
+    assert (alone.timings[0].name, alone.timings[0].kind, alone.batch) == ("linear.onnx", "onnxruntime", 3)
+    both = benchmark({"eager": model, "file": path}, rounds=2)
+    assert [timing.kind for timing in both.timings] == ["pytorch", "onnxruntime"]
+    assert both["file"].speedup == pytest.approx(1 / both["file"].ratio)
+    with pytest.raises(InputError, match="another number of inputs"):
+        benchmark(path, (torch.zeros(1, 4), torch.zeros(1, 4)))
 
 
 def test_result_reads_in_a_terminal_a_notebook_and_a_program() -> None:
