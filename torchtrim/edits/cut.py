@@ -14,6 +14,7 @@ from torchtrim.edits.truncate import Tap, truncated
 from torchtrim.errors import CheckFailed, EditError, PathError, nearest
 from torchtrim.graph.check import Mismatch, Side, compare
 from torchtrim.graph.copying import full_copy, unwrap
+from torchtrim.graph.guards import GUARDS
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.reader import Reader, Site, addresses, ancestors, inputs_for
 
@@ -129,7 +130,9 @@ def _read(model: nn.Module, inputs: Inputs, wanted: tuple[str, ...]) -> Reader:
         if path not in modules:
             raise PathError("no such module", path=path, hint=nearest(path, modules))
         if path == "" and not colon:
-            raise PathError("that is the whole model: nothing would be cut", path="''", hint="the path of a module in it")
+            raise PathError(
+                "that is the whole model: nothing would be cut", path="''", hint="the path of a module in it"
+            )
         for inner in [*ancestors(path), *([path] if colon else [])]:
             through |= {inner, first[id(modules[inner])]}
     return Reader(model, inputs, wanted=lambda path, module: path in through, both_modes=True).read()
@@ -156,10 +159,19 @@ def _tap(model: nn.Module, reader: Reader, address: str) -> Tap:
         )
     for inner in (*ancestors(path), *([path] if colon else [])):
         if inner in reader.closed:
-            raise EditError(f"it lies in {inner!r}, which cannot be opened: {reader.closed[inner]}", path=address, hint=f"after={inner!r}")
+            raise EditError(
+                f"it lies in {inner!r}, which cannot be opened: {reader.closed[inner]}",
+                path=address,
+                hint=f"after={inner!r}",
+            )
     if colon:
         inside = [each for each in found if each.startswith(f"{path}:")]
-        raise PathError("no such call in this module's forward", path=address, hint=nearest(canonical, inside) or f"one of {inside[:8]}")
+        raise PathError(
+            "no such call in this module's forward",
+            path=address,
+            hint=nearest(canonical, inside)
+            or (f"one of {inside[:8]}" if inside else f"after={path!r}, which calls modules only"),
+        )
     raise PathError(
         "it is never called for these inputs, so it has no value to cut after",
         path=address,
@@ -174,12 +186,16 @@ def _first_name(model: nn.Module, path: str) -> str:
 
 def _described(reader: Reader, address: str, site: Site) -> Tap:
     if site.mode == "train":
-        raise EditError("it is computed in train mode only, so the cut model would have no output in eval mode", path=address)
+        raise EditError(
+            "it is computed in train mode only, so the cut model would have no output in eval mode", path=address
+        )
     if site.op == "input":
         raise EditError("that is an input of the model: nothing leads to it", path=address)
-    if not any(user.op != "call_function" or user.name for user in site.node.users):
+    if all(user.target in GUARDS for user in site.node.users):
         raise EditError(
-            "its output feeds nothing in the model: nothing depends on it", path=address, hint="the path of a layer whose output is used"
+            "its output feeds nothing in the model: nothing depends on it",
+            path=address,
+            hint="the path of a layer whose output is used",
         )
     return Tap(reader, site)
 
@@ -196,9 +212,7 @@ def _notes(tap: Tap, reader: Reader) -> list[str]:
     return [f"the value of {tap.site.name!r} fed {len(users)} calls: {', '.join(users)}"]
 
 
-def _reference(
-    model: nn.Module, reader: Reader, taps: list[Tap], edit: Cut, inputs: Inputs, build: Any
-) -> Side:
+def _reference(model: nn.Module, reader: Reader, taps: list[Tap], edit: Cut, inputs: Inputs, build: Any) -> Side:
     """How to get the same values from the original: hooks on modules; for functions, the whole opened model."""
     if all(tap.site.op == "module" for tap in taps):
         return Side(model, lambda module, given: _structured(edit, _captured(module, given, taps)))
@@ -210,7 +224,7 @@ def _reference(
     return Side(whole, lambda module, given: given.call(module)[1])
 
 
-class _Captured(Exception):  # noqa: N818
+class _Captured(Exception):
     """All values are there: the rest of the original need not run."""
 
 

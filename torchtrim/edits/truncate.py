@@ -8,7 +8,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from torchtrim.errors import EditError
@@ -84,16 +83,19 @@ class _Truncation:
             if len(step) > 1:
                 inner.setdefault(step[0].node, []).append(step[1:])
         direct = [step[0].node for step in steps if len(step) == 1]
-        pairs = pair_nodes(frame)
         plans = [_Plan(frame.eval.graph, frame.module, direct, inner, own)]
         if frame.differs:
+            pairs = pair_nodes(frame)
             there = {pairs[node]: value for node, value in inner.items() if node in pairs}
-            plans.append(_Plan(frame.train.graph, frame.module, [pairs[n] for n in direct if n in pairs], there, own))
-            if len(plans[1].direct) < len(direct) or len(there) < len(inner):
-                raise EditError("a value to cut after is not computed in train mode", path=steps[0][-1].name)
-        children = self._children(frame, plans, steps)
-        graphs = [self._graph(plan, frame, steps, own, result, mode) for plan, mode in zip(plans, ("eval", "train"), strict=False)]
-        return opened(source, graphs[0], graphs[1] if len(graphs) > 1 else None, replacements=children, output_hooks=own)
+            missing = next((step for step in steps if step[0].node not in pairs), None)
+            if missing is not None:
+                raise EditError("a value to cut after is not computed in train mode", path=missing[-1].name)
+            plans.append(_Plan(frame.train.graph, frame.module, [pairs[node] for node in direct], there, own, pairs))
+        children = self._children(plans, steps)
+        graphs = [self._graph(plan, steps, own, result) for plan in plans]
+        return opened(
+            source, graphs[0], graphs[1] if len(graphs) > 1 else None, replacements=children, output_hooks=own
+        )
 
     def _sequential(self, source: nn.Module, frame: Frame, step: tuple[Site, ...]) -> nn.Module:
         calls = [node for node in frame.eval.graph.nodes if node.op == "call_module"]
@@ -112,49 +114,40 @@ class _Truncation:
             shell._modules[name] = self.module(inside, [step[1:]], own=False)
         return shell
 
-    def _children(self, frame: Frame, plans: list[_Plan], steps: list[tuple[Site, ...]]) -> dict[str, nn.Module]:
+    def _children(self, plans: list[_Plan], steps: list[tuple[Site, ...]]) -> dict[str, nn.Module]:
         """The children that the values go through, shortened; one that is called often must be cut alike each time."""
-        wanted: dict[str, tuple[Site, bool, list[tuple[Site, ...]]]] = {}
-        needs_own = {str(node.target) for plan in plans for node in plan.inner if node in plan.values}
-        for step in steps:
-            if len(step) > 1:
-                target = str(step[0].node.target)
-                site, _, inner = wanted.setdefault(target, (step[0], target in needs_own, []))
-                if site is step[0] and step[1:] not in inner:
-                    inner.append(step[1:])
-        shapes: dict[str, set[tuple[bool, tuple[str, ...]]]] = {}
+        deeper = {step[0]: str(step[0].node.target) for step in steps if len(step) > 1}
         for plan in plans:
             for node in plan.kept:
-                if node.op == "call_module" and str(node.target) in wanted:
-                    taps = tuple(sorted("/".join(_name(site) for site in step) for step in plan.inner.get(node, [])))
-                    shapes.setdefault(str(node.target), set()).add((node in plan.values, taps))
-        for target, found in shapes.items():
-            if len({taps for _, taps in found}) > 1 or len({own for own, _ in found}) > 1 and len(found) > len(plans):
+                target = str(node.target)
+                if node.op == "call_module" and target in deeper.values():
+                    shape = {"/".join(site.node.name for site in step) for step in plan.inner.get(node, [])}
+                    plan.shapes.setdefault(target, []).append(shape)
+                    plan.own_of[target] = plan.own_of.get(target, False) or node in plan.values
+        children: dict[str, nn.Module] = {}
+        for site, target in deeper.items():
+            if any(shape != plan.shapes[target][0] for plan in plans for shape in plan.shapes[target]):
                 raise EditError(
                     "this module is called several times, and would be cut at one call and not at another",
-                    path=wanted[target][0].name,
+                    path=site.name,
                     hint="cut after the same place in each of its calls, or after the module itself",
                 )
-        children = {}
-        for target, (site, own, inner) in wanted.items():
-            if site.inside is None:
-                raise EditError("it was not opened", path=site.name)
-            children[target] = self.module(site.inside, inner, own, None)
-        self._own = {**getattr(self, "_own", {}), **{(frame.path, target): own for target, (_, own, _) in wanted.items()}}
+            own = any(plan.own_of[target] for plan in plans)
+            for plan in plans:
+                plan.own_of[target] = own
+            if target not in children and site.inside is not None:
+                inner = [step[1:] for step in dict.fromkeys(steps) if step[0] is site and len(step) > 1]
+                children[target] = self.module(site.inside, inner, own)
         return children
 
-    def _graph(
-        self, plan: _Plan, frame: Frame, steps: list[tuple[Site, ...]], own: bool, result: Any, mode: str
-    ) -> fx.Graph:
+    def _graph(self, plan: _Plan, steps: list[tuple[Site, ...]], own: bool, result: Any) -> fx.Graph:
         """The shortened graph of one mode."""
         graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
         values: dict[tuple[Site, ...], Any] = {}
-        pairs = pair_nodes(frame) if mode == "train" else {}
         taken: dict[fx.Node, list[tuple[Site, ...]]] = {}
         for step in dict.fromkeys(steps):
-            node = step[0].node if mode == "eval" else pairs[step[0].node]
-            taken.setdefault(node, []).append(step)
+            taken.setdefault(plan.here(step[0].node), []).append(step)
         for node in plan.graph.nodes:
             if node not in plan.kept or node.op == "output":
                 continue
@@ -162,8 +155,7 @@ class _Truncation:
             copied[node] = twin
             inner = [step for step in taken.get(node, []) if len(step) > 1]
             if inner:
-                child_own = self._own[frame.path, str(node.target)]
-                parts = ([_OWN] if child_own else []) + inner
+                parts: list[tuple[Site, ...]] = ([_OWN] if plan.own_of[str(node.target)] else []) + inner
                 for index, part in enumerate(parts):
                     value = twin if len(parts) == 1 else graph.call_function(operator.getitem, (twin, index))
                     if part is _OWN:
@@ -185,16 +177,14 @@ class _Truncation:
         return graph
 
 
-def _name(site: Site) -> str:
-    return f"{site.node.op}:{site.node.target}:{site.node.name}"
-
-
 class _Plan:
     """Which nodes of one graph are kept.
 
     Attributes:
         kept: All that stay.
         values: Those whose own value is used (a child that is only passed through on the way inwards is not).
+        shapes: For each child that values lie in, what is taken from it at each of its calls.
+        own_of: Whether such a child returns its own output too.
     """
 
     def __init__(
@@ -204,7 +194,11 @@ class _Plan:
         direct: list[fx.Node],
         inner: dict[fx.Node, list[tuple[Site, ...]]],
         own: bool,
+        counterparts: dict[fx.Node, fx.Node] | None = None,
     ) -> None:
+        self.shapes: dict[str, list[set[str]]] = {}
+        self.own_of: dict[str, bool] = {}
+        self.counterparts = counterparts
         self.graph = graph
         self.module = module
         self.direct = direct
@@ -225,6 +219,10 @@ class _Plan:
             if node.op == "placeholder":
                 self.kept.add(node)
         self._keep_effects(order, last)
+
+    def here(self, node: fx.Node) -> fx.Node:
+        """The node of this graph for one of the eval graph."""
+        return node if self.counterparts is None else self.counterparts[node]
 
     def _need(self, node: fx.Node) -> None:
         stack = [node]
@@ -251,9 +249,7 @@ class _Plan:
                     # a check of values that are all there anyway; not a reason to compute more
                     effect = all(each in self.kept for each in sources if each.op == "call_module")
                 elif _writes(node, self.module):
-                    effect = any(each in self.values and each.op != "placeholder" for each in sources) or any(
-                        each.op in ("placeholder", "get_attr") for each in sources
-                    )
+                    effect = any(each in self.values or each.op in ("placeholder", "get_attr") for each in sources)
                 else:
                     effect = False
                 if effect:
@@ -279,7 +275,7 @@ def _through_functions(node: fx.Node) -> set[fx.Node]:
 def _writes(node: fx.Node, module: nn.Module) -> bool:
     """Whether a call writes to one of its arguments."""
     if node.op == "call_module":
-        return any(getattr(child, "inplace", False) is True for child in module.get_submodule(str(node.target)).modules()) and False
+        return getattr(module.get_submodule(str(node.target)), "inplace", False) is True
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if node.op != "call_function":
@@ -305,6 +301,3 @@ def _inplace_argument(node: fx.Node) -> bool:
     except (TypeError, ValueError):
         return False  # a builtin without a signature takes no `inplace`
     return bound.arguments.get("inplace") is True
-
-
-__all__ = ["Tap", "torch", "truncated"]

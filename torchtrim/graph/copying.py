@@ -86,7 +86,9 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> Any:
         if isinstance(value, _PLAIN):
             attributes[name] = value
         elif name == "_modules":
-            attributes[name] = {key: None if child is None else _copy_module(child, memo) for key, child in value.items()}
+            attributes[name] = {
+                key: None if child is None else _copy_module(child, memo) for key, child in value.items()
+            }
         elif name in ("_parameters", "_buffers"):
             attributes[name] = {key: None if held is None else memo[id(held)] for key, held in value.items()}
         elif isinstance(value, dict) and not value:

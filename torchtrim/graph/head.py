@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -35,38 +36,47 @@ def _sites_in(value: Any) -> list[Site]:
 
 
 def _last_layers(output: Site) -> list[Site]:
-    slot = _empty_slot(output)
-    if slot is not None:
-        return [slot]
-    found: list[Site] = []
-    seen: set[Site] = set()
-    stack = [output]
+    found: dict[Site, None] = {}
+    seen: set[tuple[Site, Site | None]] = set()
+    stack: list[tuple[Site, _Slot]] = [(output, _Slot())]
     while stack:
-        site = stack.pop()
-        if site in seen:
+        site, slot = stack.pop()
+        if (site, slot.site) in seen:
             continue
-        seen.add(site)
+        seen.add((site, slot.site))
         if site.op == "module" and any(True for _ in site.target.parameters()):
-            if is_layer(site.target):
-                found.append(site)
+            # Nothing but identities between a layer and the output: the layer is the head. Otherwise it is a hidden one.
+            head = site if is_layer(site.target) and not (slot.site and slot.left) else slot.site
+            if head is not None:
+                found.setdefault(head)
+        elif site.op == "input" and slot.site is not None:
+            found.setdefault(slot.site)
         elif not _is_fact(site):
-            stack += reversed(site.inputs)
-    return found
+            stack += [(source, slot.before(site)) for source in reversed(site.inputs)]
+    return list(found)
 
 
-def _empty_slot(output: Site) -> Site | None:
-    """The `nn.Identity` that stands where the head was: the first one behind the last dropout."""
-    slot: Site | None = None
-    site = output
-    while site.op == "module" and len(site.inputs) == 1:
+@dataclass(frozen=True)
+class _Slot:
+    """The `nn.Identity` where a head was, on one way back from an output: the first one behind the last dropout.
+
+    Attributes:
+        site: The identity, once one was met.
+        closed: A dropout lies behind it, so no earlier identity is meant.
+        left: Something that computes lies behind it.
+    """
+
+    site: Site | None = None
+    closed: bool = False
+    left: bool = False
+
+    def before(self, site: Site) -> _Slot:
+        """What is known once `site` has been passed."""
         if isinstance(site.target, nn.Identity):
-            slot = site
-        elif is_layer(site.target):
-            return None  # only identities behind a layer: the layer is the head
-        else:
-            break
-        site = site.inputs[0]
-    return slot
+            return self if self.closed or self.left else replace(self, site=site)
+        if isinstance(site.target, nn.Dropout):
+            return replace(self, closed=True)
+        return replace(self, left=True) if self.site is not None else self
 
 
 def _is_fact(site: Site) -> bool:

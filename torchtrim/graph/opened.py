@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from torchtrim.graph.opening import same_graph
+from torchtrim.graph.reading import same_graph
 
 _HOOKS = (
     "_forward_hooks",

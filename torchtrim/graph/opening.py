@@ -12,101 +12,51 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.node import base_types
 from torch.fx.proxy import Attribute
 
 from torchtrim.errors import TraceError
-from torchtrim.graph.guards import GUARDS, concrete, expect, expect_argument
+from torchtrim.graph.guards import concrete, expect, expect_argument
+from torchtrim.graph.reading import Evaluation, Reading, Value, map_values
 
 # Called during a forward these make a tensor from nothing. They are recorded as calls: a random tensor must be drawn at
 # each forward, and a constant must follow the model to its device without becoming a new state_dict key.
-_FACTORIES = (
-    "arange as_tensor bernoulli empty empty_like eye from_numpy full full_like hann_window linspace logspace meshgrid "
-    "multinomial normal ones ones_like rand rand_like randint randint_like randn randn_like randperm tensor tril_indices "
-    "triu_indices zeros zeros_like"
-).split()
-
-
-@dataclass
-class Evaluation:
-    """One fake run, shared by all the modules of a reading: values at two batch sizes, worked out when asked for."""
-
-    fake: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
-    running: bool = False
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Run real Python (not tracing) on fake tensors."""
-        before, self.running = self.running, True
-        try:
-            with self.fake, torch.no_grad():
-                yield
-        finally:
-            self.running = before
-
-
-class Value:
-    """A value that flows into a module while it is read; its fake values are worked out only when asked for."""
-
-    def __init__(self, evaluate: Callable[[], tuple[Any, Any]]) -> None:
-        self.evaluate = evaluate
-
-
-@dataclass(eq=False)
-class Reading:
-    """One call of one module in one mode: the graph of its own forward, and the readings of the children it calls.
-
-    Attributes:
-        path: The module's path; `""` is the model itself.
-        module: The module.
-        graph: Its forward; a child's call is one `call_module` node.
-        children: The readings of the children that were opened, by their node in `graph`.
-    """
-
-    path: str
-    module: nn.Module
-    graph: fx.Graph
-    evaluation: Evaluation
-    children: dict[fx.Node, Reading] = field(default_factory=dict)
-    given: dict[fx.Node, Any] = field(default_factory=dict)
-    known: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
-    guarded: set[tuple[fx.Node, str]] = field(default_factory=set)
-    proxies: dict[str, Any] = field(default_factory=dict)
-
-    def value_of(self, node: fx.Node) -> Value:
-        """The value that a node stands for, to hand to the module that it feeds."""
-        return Value(lambda: self.evaluate(node))
-
-    def evaluate(self, node: fx.Node) -> tuple[Any, Any]:
-        """The fake values of a node at the two batch sizes."""
-        if node not in self.known:
-            with self.evaluation.active():
-                for earlier in self.graph.nodes:
-                    if earlier not in self.known:
-                        self.known[earlier] = (self._run(earlier, 0), self._run(earlier, 1))
-                    if earlier is node:
-                        break
-        return self.known[node]
-
-    def _run(self, node: fx.Node, which: int) -> Any:
-        if node.op == "placeholder":
-            return _map(self.given[node], lambda value: value.evaluate()[which])
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: self.known[other][which])
-        if node.op == "get_attr":
-            return functools.reduce(getattr, str(node.target).split("."), self.module)
-        if node.op == "call_module":
-            return self.module.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if node.op == "output" or node.target in GUARDS:
-            return None
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "bernoulli",
+    "empty",
+    "empty_like",
+    "eye",
+    "from_numpy",
+    "full",
+    "full_like",
+    "hann_window",
+    "linspace",
+    "logspace",
+    "meshgrid",
+    "multinomial",
+    "normal",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randint_like",
+    "randn",
+    "randn_like",
+    "randperm",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+    "zeros_like",
+]
 
 
 def read_forward(
@@ -144,34 +94,6 @@ def read_forward(
             _forget_proxies(module)
             module.__dict__.clear()
             module.__dict__.update(before[path])
-
-
-def same_graph(left: fx.Graph, right: fx.Graph) -> bool:
-    """Whether two graphs make the same calls with the same arguments."""
-    if len(left.nodes) != len(right.nodes):
-        return False
-    pair: dict[fx.Node, fx.Node] = {}
-    for one, other in zip(left.nodes, right.nodes, strict=True):
-        pair[one] = other
-        if one.op != other.op or (one.target is not other.target and one.target != other.target):
-            return False
-        if not _same((one.args, one.kwargs), (other.args, other.kwargs), pair):
-            return False
-    return True
-
-
-def _same(one: Any, other: Any, pair: dict[fx.Node, fx.Node]) -> bool:
-    if isinstance(one, fx.Node):
-        return pair.get(one) is other
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(_same(a, b, pair) for a, b in zip(one, other, strict=True))
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(_same(value, other[key], pair) for key, value in one.items())
-    if isinstance(one, slice):
-        return _same((one.start, one.stop, one.step), (other.start, other.stop, other.step), pair)
-    return one is other or bool(one == other) or (one != one and other != other)
 
 
 def _one_line(error: Exception) -> str:
@@ -471,22 +393,9 @@ def _depends_on_input(node: fx.Node) -> bool:
     return False
 
 
-def _map(value: Any, function: Callable[[Value], Any]) -> Any:
-    """The structure with every `Value` in it passed through `function`."""
-    if isinstance(value, Value):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(item, function) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map(item, function) for item in value)
-    if isinstance(value, dict):
-        return {key: _map(item, function) for key, item in value.items()}
-    return value
-
-
 def _holds_value(value: Any) -> bool:
     found: list[Value] = []
-    _map(value, found.append)
+    map_values(value, found.append)
     return bool(found)
 
 

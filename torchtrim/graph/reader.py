@@ -12,10 +12,11 @@ from torch import fx, nn
 
 from torchtrim.errors import InputError, TraceError
 from torchtrim.graph.copying import kept_random_state, structural_copy, unwrap
-from torchtrim.graph.guards import GUARDS
 from torchtrim.graph.execution import known_inputs
+from torchtrim.graph.guards import GUARDS
 from torchtrim.graph.inputs import ExampleInputs, Inputs
-from torchtrim.graph.opening import Evaluation, Reading, Value, read_forward, same_graph
+from torchtrim.graph.opening import read_forward
+from torchtrim.graph.reading import Evaluation, Reading, Value, map_values, same_graph
 
 
 def inputs_for(model: nn.Module, example_inputs: ExampleInputs | None) -> Inputs:
@@ -111,10 +112,11 @@ class Reader:
     outputs: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.root = structural_copy(unwrap(self.model))
+        self.root = structural_copy(unwrap(self.model), own_buffers=True)
         self.inputs.bind(self.root)
         self._evaluation = Evaluation()
         self._pairs: dict[Frame, dict[fx.Node, fx.Node]] = {}
+        self._split = False  # whether this part of the model is being walked once for each mode
 
     def read(self) -> Reader:
         """Read the model once. Called again after something was added to `closed`, it reads anew.
@@ -161,6 +163,7 @@ class Reader:
 
         bound = Inputs(args, kwargs).bind(self.root)
         for mode in ("eval", "train") if frame.differs else ("eval",):
+            self._split = frame.differs
             environment = {
                 name: map_values(bound[name], lambda value, name=name, mode=mode: site_of(value, name, mode))
                 for name in names
@@ -181,17 +184,23 @@ class Reader:
         }
 
     def _opened(self, frame: Frame, mode: str, node: fx.Node, path: str) -> Frame | None:
-        """The frame of a child's call, where the child was opened in both modes."""
+        """The frame of a child's call, where the child was opened in every mode that makes the call."""
         if path in self.closed:
             return None
-        here = getattr(frame, mode).children.get(node)
-        there = here
+        pairs = self._pairs.setdefault(frame, pair_nodes(frame))
         if mode == "eval":
-            counterpart = self._counterpart(frame, node)
-            there = frame.train.children.get(counterpart) if counterpart is not None else here
-        if here is None or there is None:
+            in_eval, in_train = node, pairs.get(node)
+        else:
+            in_eval, in_train = next((left for left, right in pairs.items() if right is node), None), node
+        readings = [
+            reading.children.get(each)
+            for reading, each in ((frame.eval, in_eval), (frame.train, in_train))
+            if each is not None
+        ]
+        first, last = readings[0], readings[-1]
+        if first is None or last is None:
             return None
-        child = Frame(path, here.module, here, there, differs=not same_graph(here.graph, there.graph))
+        child = Frame(path, first.module, first, last, differs=not same_graph(first.graph, last.graph))
         if child.differs and not self.both_modes:
             self.closed[path] = "its graph differs between train and eval mode"
             return None
@@ -199,12 +208,6 @@ class Reader:
             self.closed[path] = "it is called several times, each time in another way"
             return None
         return child
-
-    def _counterpart(self, frame: Frame, node: fx.Node) -> fx.Node | None:
-        """The node of the train graph that makes the same call as one of the eval graph."""
-        if frame not in self._pairs:
-            self._pairs[frame] = pair_nodes(frame)
-        return self._pairs[frame].get(node)
 
     def _walk(self, frame: Frame, mode: str, bound: dict[str, Any]) -> Any:
         """List the sites of one frame; returns the structure of sites that it returns."""
@@ -216,7 +219,7 @@ class Reader:
             return fx.node.map_arg(argument, lambda node: _Wrapped(results[node]))
 
         for node in reading.graph.nodes:
-            args, kwargs = unwrap_results(resolved(node.args)), unwrap_results(resolved(node.kwargs))
+            args, kwargs = _unwrapped(resolved(node.args)), _unwrapped(resolved(node.kwargs))
             if node.op == "output":
                 return args[0]
             if node.op == "placeholder":
@@ -238,9 +241,12 @@ class Reader:
             if site.inside is None:
                 return site
             bound = Inputs(args, kwargs).bind(module)
-            if site.inside.differs:
+            result = self._walk(site.inside, mode, bound)
+            if site.inside.differs and not self._split:
+                self._split = True
                 self._walk(site.inside, "train", bound)
-            return self._walk(site.inside, "eval", bound)
+                self._split = False
+            return result
         if node.op == "get_attr":
             site = Site(join(frame.path, str(node.target)), "attribute", frame, node, mode, _attribute(frame, node))
         elif node.op == "call_method":
@@ -265,7 +271,7 @@ def addresses(sites: list[Site]) -> dict[str, Site]:
         counts[site.mode, site.name] = counts.get((site.mode, site.name), 0) + 1
     seen: dict[tuple[str, str], int] = {}
     found: dict[str, Site] = {}
-    for site in sites:
+    for site in sorted(sites, key=lambda site: site.mode):  # "eval" comes before "train"
         key = (site.mode, site.name)
         several = max(counts.get(("eval", site.name), 0), counts.get(("train", site.name), 0)) > 1
         address = f"{site.name}#{seen.get(key, 0)}" if several else site.name
@@ -312,11 +318,6 @@ def map_sites(value: Any, function: Callable[[Site], Any]) -> Any:
     return _map(value, Site, function)
 
 
-def map_values(value: Any, function: Callable[[Value], Any]) -> Any:
-    """A structure with every `Value` in it passed through `function`."""
-    return _map(value, Value, function)
-
-
 def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, kind):
         return function(value)
@@ -340,7 +341,7 @@ class _Wrapped:
     result: Any
 
 
-def unwrap_results(value: Any) -> Any:
+def _unwrapped(value: Any) -> Any:
     return _map(value, _Wrapped, lambda wrapped: wrapped.result)
 
 

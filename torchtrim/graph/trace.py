@@ -194,7 +194,16 @@ class ModuleGraph:
             mode = "train" if site.name in train_only else "eval" if site.name in eval_only else "both"
             inputs = tuple(merged[source] for source in site.inputs)
             nodes[address] = Node(
-                address, path, site.op, kind, mode, inputs, tuple(users.get(address, ())), _params(site, counted), values, site
+                address,
+                path,
+                site.op,
+                kind,
+                mode,
+                inputs,
+                tuple(users.get(address, ())),
+                _params(site, counted),
+                values,
+                site,
             )
         return nodes
 
@@ -218,7 +227,9 @@ class ModuleGraph:
 
     def calls(self, path: str) -> int:
         """How many times the module at `path` is called in one forward of eval mode; 0 for never."""
-        return sum(1 for site in self._reader.sites if site.name == path and site.op == "module" and site.mode == "eval")
+        return sum(
+            1 for site in self._reader.sites if site.name == path and site.op == "module" and site.mode == "eval"
+        )
 
     @cached_property
     def heads(self) -> list[str]:
