@@ -74,6 +74,7 @@ def measure(name: str, *, threads: int, batch: int, seconds: float) -> dict[str,
         "batch": timed.batch,
         "threads": timed.threads,
         "rounds": timed.rounds,
+        "noisy": timed.noisy,
         "timings": [asdict(timing) for timing in timed.timings],
         "int8_over_float32": timed["ONNX int8"].median_ms / timed["ONNX float32"].median_ms,
     }
@@ -90,7 +91,8 @@ def write(results: list[dict[str, Any]], out: Path, stem: str) -> None:
         eager = timings["ONNX int8"]
         ratio = f"{eager['ratio']:.2f} ({eager['ratio_low']:.2f} - {eager['ratio_high']:.2f})"
         sizes = (f"{result['float_mb']:.1f}", f"{result['int8_mb']:.1f}", f"{result['int8_cosine']:.4f}")
-        rows.append((result["model"], *times, f"{result['int8_over_float32']:.2f}", ratio, *sizes))
+        model = result["model"] + " (noisy)" * result["noisy"]
+        rows.append((model, *times, f"{result['int8_over_float32']:.2f}", ratio, *sizes))
     first = results[0]
     notes = [
         f"- median and 95th percentile; batch {first['batch']}, {first['threads']} thread(s), alternating rounds; a "

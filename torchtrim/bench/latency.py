@@ -90,9 +90,19 @@ class Benchmark:
         """The first candidate's median latency in milliseconds."""
         return self.timings[0].median_ms
 
+    @property
+    def noisy(self) -> bool:
+        """Whether a 95th percentile is over one and a half times its median: other work was running, measure again."""
+        return any(timing.p95_ms > 1.5 * timing.median_ms for timing in self.timings)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
-        return {**asdict(self), "timings": [asdict(t) for t in self.timings], "machine": self.machine.to_dict()}
+        return {
+            **asdict(self),
+            "noisy": self.noisy,
+            "timings": [asdict(t) for t in self.timings],
+            "machine": self.machine.to_dict(),
+        }
 
     def table(self) -> Table:
         """The latencies as a table."""
@@ -108,6 +118,10 @@ class Benchmark:
             f"inputs {self.inputs}; {self.threads} thread{'s' * (self.threads != 1)}; {self.rounds} alternating rounds",
             *str(self.machine).splitlines(),
         ]
+        if self.noisy:
+            notes.insert(
+                0, "noisy: a 95th percentile is far above its median, so other work was running; measure again"
+            )
         if several:
             notes.insert(0, f"ratio: latency over that of {self.timings[0].name!r}; below 1 is faster")
         return Table("latency", columns, tuple(rows), notes)

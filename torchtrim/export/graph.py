@@ -91,14 +91,21 @@ def write_float(
     except Exception as error:
         # The exporter raises a dozen unrelated kinds, its own and the model's.
         fixed = "dynamic=False, if one batch size is enough" if dynamic else "another opset="
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(
-            f"{type(model).__name__} cannot be turned into ONNX: {reason[0]}", found=inputs.describe(), hint=fixed
+            f"{type(model).__name__} cannot be turned into ONNX: {_root(error)}", found=inputs.describe(), hint=fixed
         ) from error
     if exported is None:
         raise ExportError("the exporter gave nothing back", found=type(model).__name__)
     exported.save(path, external_data=weight_bytes(model) > LARGE)
     _tidy(path)
+
+
+def _root(error: BaseException) -> str:
+    """The first thing that went wrong, in one line: the exporter wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def stamp(path: Path, *, version: str, notes: Mapping[str, str]) -> onnx.ModelProto:

@@ -99,8 +99,8 @@ def export_onnx(
     """
     start = time.perf_counter()
     place, scheme = resolve(target, quantize)
-    destination = _check_path(path, overwrite)
     inner = unwrap(model)
+    destination = _check_path(path, overwrite, large=weight_bytes(inner) > LARGE)
     _check_weights(inner)
     inputs = _check_inputs(inner, example_inputs)
     notes: list[str] = []
@@ -165,14 +165,16 @@ def export_onnx(
     )
 
 
-def _check_path(path: str | os.PathLike[str], overwrite: bool) -> Path:
+def _check_path(path: str | os.PathLike[str], overwrite: bool, *, large: bool) -> Path:
     destination = Path(path).absolute()
     if destination.is_dir():
         raise ExportError("the path is a folder", path=path, expected="a file", hint=str(Path(path) / "model.onnx"))
     if not destination.parent.is_dir():
         raise ExportError("the folder does not exist", path=destination.parent, hint="create it first")
-    if destination.exists() and not overwrite:
-        raise ExportError("the file exists already", path=path, hint="overwrite=True, or another path")
+    wanted = [destination, destination.with_name(f"{destination.name}.data")][: 2 if large else 1]
+    taken = [file for file in wanted if file.exists()]
+    if taken and not overwrite:
+        raise ExportError("the file exists already", path=taken[0], hint="overwrite=True, or another path")
     return destination
 
 
