@@ -18,11 +18,8 @@ from torchtrim.errors import InputError, MissingDependency
 
 def test_demo_reaches_its_accuracy_and_keeps_its_files(tmp_path: Path) -> None:
     threads, random_state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(2)
-    try:
-        result = run_demo(tmp_path / "out")
-    finally:
-        torch.set_num_threads(threads)
+    result = run_demo(tmp_path / "out")
+    assert torch.get_num_threads() == threads
     assert result.accuracy >= 0.97
     assert result.seconds < 180
     assert torch.equal(random_state, torch.get_rng_state())

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,14 +54,14 @@ def run_demo(out: str | Path = "demo-output", *, seed: int = 0) -> DemoResult:
     require_packages()
     start = time.perf_counter()
     folder = _make_folder(Path(out))
-    with kept_random_state():
+    with kept_random_state(), _one_thread():
         torch.manual_seed(seed)
         digits = load_digits(_PIXELS)
         original = efficientnet_lite0()
         net = attach_head(cut(original, digits.test_images[:2], after=_CUT), digits.test_images[:2], num_classes=10)
         curve = list(_train(net, digits, seed))
         exported = _export(net, digits, folder)
-    stages = _stages(original, net, exported, curve, digits)
+        stages = _stages(original, net, exported, curve, digits)
     files = {**exported, "picture": folder / "demo.png", "figures": folder / "demo.json"}
     draw(stages, curve, f"EfficientNet-Lite0, cut after {_CUT} and trained on handwritten digits", files["picture"])
     result = DemoResult(stages, tuple(curve), machine(), _THREADS, time.perf_counter() - start, files)
@@ -122,8 +123,19 @@ def _stages(
 
 
 def _predictor(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    session = OnnxSession(path)
+    session = OnnxSession(path, threads=_THREADS)
     return lambda images: torch.from_numpy(session.run(session.feed(Inputs.of(images)))[0])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """With pictures this small a second thread gains little, and where the processor is busy it loses much."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(_THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _megabytes(model: nn.Module) -> float:
