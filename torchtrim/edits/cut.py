@@ -46,8 +46,8 @@ def cut(
     """Cut a model after a layer: a model that computes that layer's output, and holds no more than it needs for it.
 
     What is kept keeps its class, its hooks and its `state_dict` keys. Only modules that the cut goes through are opened
-    (replaced by a `torch.fx.GraphModule` under the same path); an `nn.Sequential` is shortened. It is right in train and
-    in eval mode, also where the two run different branches.
+    (replaced by a `torch.fx.GraphModule` under the same path); an `nn.Sequential` is shortened. It is right in train
+    and in eval mode, also where the two run different branches.
 
     Args:
         model: Any `nn.Module`. It is left as it was.
@@ -181,7 +181,7 @@ def _tap(model: nn.Module, reader: Reader, address: str) -> Tap:
 
 def _first_name(model: nn.Module, path: str) -> str:
     target = model.get_submodule(path)
-    return next(name for name, module in model.named_modules() if module is target)
+    return str(next(name for name, module in model.named_modules() if module is target))
 
 
 def _described(reader: Reader, address: str, site: Site) -> Tap:

@@ -301,6 +301,7 @@ def _after(
         raise HeadError("this model has no heads of its own, so one module is enough", found=sorted(head), hint="head=")
     reference = next(iter(model.parameters()), None)
     width: int | None = None
+    made: nn.Module
     if head is None:
         layout = layout or feature_layout(reader, site, shape)
         width = int(shape[channel_dim(layout)])

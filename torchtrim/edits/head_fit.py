@@ -34,6 +34,7 @@ def run_once(module: nn.Module, inputs: Inputs, training: bool) -> Any:
 
 
 def outputs_of(head: nn.Module, shape: tuple[int, ...]) -> int | None:
+    """How many outputs a head has on features of a shape; `None` where it does not return one tensor of them."""
     output = try_head(head, shape, "head")
     if not isinstance(output, torch.Tensor) or output.dim() < 2:
         return None
@@ -66,5 +67,6 @@ def _wants(head: nn.Module) -> str:
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dim() >= 2:
             width = int(weight.shape[1]) * int(getattr(module, "groups", 1))
-            return f"{width} features: {name or 'the head'} is a {type(module).__name__} with weights {tuple(weight.shape)}"
+            where = f"{name or 'the head'} is a {type(module).__name__} with weights {tuple(weight.shape)}"
+            return f"{width} features: {where}"
     return "other features"

@@ -172,8 +172,8 @@ class _Truncation:
         if result is not None:
             graph.output(result(values))
         else:
-            parts = ([values[_OWN]] if own else []) + [values[step] for step in dict.fromkeys(steps)]
-            graph.output(parts[0] if len(parts) == 1 else tuple(parts))
+            returned = ([values[_OWN]] if own else []) + [values[step] for step in dict.fromkeys(steps)]
+            graph.output(returned[0] if len(returned) == 1 else tuple(returned))
         return graph
 
 
@@ -285,14 +285,17 @@ def _writes(node: fx.Node, module: nn.Module) -> bool:
     name = getattr(node.target, "__name__", "")
     if node.target is operator.setitem or (name.endswith("_") and not name.startswith("_")):
         return True
-    if getattr(operator, name, None) is node.target and name.startswith("i") and name in _IN_PLACE_OPERATORS:
+    if name in _IN_PLACE_OPERATORS and getattr(operator, name) is node.target:
         return True
     return any(argument is True for argument in node.args) and _inplace_argument(node)
 
 
+# iadd beside add, iand beside and_: not invert, index and the like
 _IN_PLACE_OPERATORS = {
-    "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor",
-}  # fmt: skip
+    name
+    for name in dir(operator)
+    if name.startswith("i") and any(hasattr(operator, plain) for plain in (name[1:], f"{name[1:]}_"))
+}
 
 
 def _inplace_argument(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 
 from torchtrim.errors import CheckFailed, GuardError, InputError
 from torchtrim.graph.copying import is_meta, kept_random_state, structural_copy
+from torchtrim.graph.execution import run_fake
 from torchtrim.graph.inputs import Inputs
 
 _TOLERANCE = 1e-4  # of the largest value: what the order of additions may change, and no more
@@ -76,6 +77,7 @@ def compare(reference: Side, candidate: Side, inputs: Inputs) -> tuple[str, ...]
             expected, expected_buffers = run(reference, variant)
         except Exception as error:
             if position == 0:
+                run_fake(reference.module, inputs)  # says which layer refuses them
                 raise InputError(
                     f"the model does not run on the example inputs: {error}", found=inputs.describe()
                 ) from error
@@ -212,13 +214,25 @@ def _mismatch(variant: Variant, difference: str) -> Mismatch:
 
 def first_difference(reference: nn.Module, candidate: nn.Module, variant: Variant, suspects: set[str]) -> str:
     """The suspect (a module path) that is the first to return something else, all that it called being right."""
-    exits, _ = _watched(reference, variant)
-    found, stack = _watched(candidate, variant)
-    expected = dict(exits)
+    expected = dict(_watched(reference, variant))
+    stack: list[str] = []
+    try:
+        found = _watched(candidate, variant)
+    except _Unfinished as error:
+        found, stack = error.exits, error.stack
     for path, digest in found:
         if differs(expected.get(path), digest) is not None:
             return _nearest_suspect(path[0], suspects)
     return _nearest_suspect(stack[-1] if stack else "", suspects)
+
+
+class _Unfinished(Exception):
+    """A forward that raised: the calls that had returned, and those that had not."""
+
+    def __init__(self, exits: list[tuple[tuple[str, int], Any]], stack: list[str]) -> None:
+        super().__init__()
+        self.exits = exits
+        self.stack = stack
 
 
 def _nearest_suspect(path: str, suspects: set[str]) -> str:
@@ -227,8 +241,8 @@ def _nearest_suspect(path: str, suspects: set[str]) -> str:
     return path
 
 
-def _watched(module: nn.Module, variant: Variant) -> tuple[list[tuple[tuple[str, int], Any]], list[str]]:
-    """A digest of each module call's outputs in the order of return, and the calls that never returned."""
+def _watched(module: nn.Module, variant: Variant) -> list[tuple[tuple[str, int], Any]]:
+    """A digest of each module call's outputs in the order of return."""
     twin = structural_copy(module, own_buffers=True)
     twin.train(variant.training)
     exits: list[tuple[tuple[str, int], Any]] = []
@@ -254,9 +268,8 @@ def _watched(module: nn.Module, variant: Variant) -> tuple[list[tuple[tuple[str,
         try:
             variant.inputs.fresh().call(twin)
         except Exception as error:
-            exits.append((("", 0), {"output": repr(error)}))
-            return exits[:-1], stack
-    return exits, stack
+            raise _Unfinished(exits, stack) from error
+    return exits
 
 
 def _digest(value: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from torchtrim.errors import ModelError
+from torchtrim.graph.structure import leaves
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -57,15 +58,16 @@ def structural_copy(model: nn.Module, *, own_buffers: bool = False) -> nn.Module
     Raises:
         ModelError: The model holds something that cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo = _computed(model)
     for parameter in model.parameters():
         memo[id(parameter)] = parameter
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().clone() if own_buffers else buffer
     try:
-        return _copy_module(model, memo)
+        twin: nn.Module = _copy_module(model, memo)
     except (TypeError, RuntimeError, copy.Error) as error:
         raise _uncopyable(model, error) from error
+    return twin
 
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type, FunctionType)
@@ -108,19 +110,29 @@ def full_copy(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: The model holds something that cannot be copied.
     """
-    return _deepcopy(model, {})
+    return _deepcopy(model, _computed(model))
 
 
 def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    for module in model.modules():
-        for value in list(module.__dict__.values()) + list(module._buffers.values()):
-            # A tensor computed from a parameter (old-style weight_norm keeps one) refuses deepcopy.
-            if isinstance(value, torch.Tensor) and not value.is_leaf and id(value) not in memo:
-                memo[id(value)] = value.detach().clone()
     try:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, copy.Error) as error:
         raise _uncopyable(model, error) from error
+
+
+def _computed(model: nn.Module) -> dict[int, Any]:
+    """Copies of the tensors among a model's attributes that were computed from parameters: they refuse deepcopy.
+
+    Caches hold such tensors, and old-style `weight_norm` does.
+    """
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if name != "_modules" and (isinstance(value, torch.Tensor) or (value and isinstance(value, (dict, list)))):
+                for tensor in leaves(value, torch.Tensor):
+                    if not tensor.is_leaf:
+                        found[id(tensor)] = tensor.detach().clone()
+    return found
 
 
 def _uncopyable(model: nn.Module, error: Exception) -> ModelError:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
-from torchtrim.graph.reader import Reader, Site, map_sites
+from torchtrim.graph.reader import Reader, Site
+from torchtrim.graph.structure import leaves
 
 # What these return is no tensor that a head could have computed, only a fact about one.
 _FACTS = {"size", "dim", "type", "numel", "stride", "item", "shape", "device", "dtype", "ndim"}
@@ -23,16 +23,10 @@ def head_sites(reader: Reader) -> list[Site]:
     """
     found: dict[str, Site] = {}
     for mode in ("eval", "train"):
-        for output in _sites_in(reader.outputs[mode]):
+        for output in leaves(reader.outputs[mode], Site):
             for site in _last_layers(output):
                 found.setdefault(site.name, site)
     return list(found.values())
-
-
-def _sites_in(value: Any) -> list[Site]:
-    sites: list[Site] = []
-    map_sites(value, sites.append)
-    return sites
 
 
 def _last_layers(output: Site) -> list[Site]:
@@ -45,7 +39,7 @@ def _last_layers(output: Site) -> list[Site]:
             continue
         seen.add((site, slot.site))
         if site.op == "module" and any(True for _ in site.target.parameters()):
-            # Nothing but identities between a layer and the output: the layer is the head. Otherwise it is a hidden one.
+            # Nothing but identities between a layer and the output: the layer is the head, and no hidden one.
             head = site if is_layer(site.target) and not (slot.site and slot.left) else slot.site
             if head is not None:
                 found.setdefault(head)

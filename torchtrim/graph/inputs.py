@@ -107,12 +107,12 @@ class Inputs:
         Raises:
             InputError: They do not fit the signature.
         """
+        signature = inspect.signature(module.forward)
         try:
-            return dict(inspect.signature(module.forward).bind(*self.args, **self.kwargs).arguments)
+            return dict(signature.bind(*self.args, **self.kwargs).arguments)
         except TypeError as error:
-            raise InputError(
-                f"the example inputs do not fit {type(module).__name__}.forward{inspect.signature(module.forward)}: {error}"
-            ) from error
+            name = f"{type(module).__name__}.forward{signature}"
+            raise InputError(f"the example inputs do not fit {name}: {error}") from error
 
     def call(self, module: Callable[..., Any]) -> Any:
         """Call `module` with these arguments."""

@@ -1,7 +1,7 @@
 """An opened module: a `GraphModule` that keeps what the module it replaces had.
 
-Children, parameters, buffers and hooks are those of the original, under the same names and with the same classes, so that
-`state_dict` keys stay. Where the forward differs between train and eval mode it holds both graphs.
+Children, parameters, buffers and hooks are those of the original, under the same names and with the same classes, so
+that `state_dict` keys stay. Where the forward differs between train and eval mode it holds both graphs.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def opened(
 
 
 def keep(source: nn.Module, target: nn.Module, used: set[str], replacements: Mapping[str, nn.Module]) -> None:
-    """Give `target` those members of `source` that are used, by path: containers keep their class, aliases their names."""
+    """Give `target` the members of `source` that are used: containers keep their class, aliases their names."""
     wanted = {id(member) for path in used if path not in replacements for member in [_member(source, path)]}
     _keep_in(source, target, "", wanted, used, replacements)
     for path, replacement in replacements.items():

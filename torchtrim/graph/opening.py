@@ -22,41 +22,19 @@ from torch.fx.proxy import Attribute
 
 from torchtrim.errors import TraceError
 from torchtrim.graph.guards import concrete, expect, expect_argument
-from torchtrim.graph.reading import Evaluation, Reading, Value, map_values
+from torchtrim.graph.reading import Evaluation, Reading, Value
+from torchtrim.graph.structure import leaves, map_leaves
 
 # Called during a forward these make a tensor from nothing. They are recorded as calls: a random tensor must be drawn at
 # each forward, and a constant must follow the model to its device without becoming a new state_dict key.
+# fmt: off
 _FACTORIES = [
-    "arange",
-    "as_tensor",
-    "bernoulli",
-    "empty",
-    "empty_like",
-    "eye",
-    "from_numpy",
-    "full",
-    "full_like",
-    "hann_window",
-    "linspace",
-    "logspace",
-    "meshgrid",
-    "multinomial",
-    "normal",
-    "ones",
-    "ones_like",
-    "rand",
-    "rand_like",
-    "randint",
-    "randint_like",
-    "randn",
-    "randn_like",
-    "randperm",
-    "tensor",
-    "tril_indices",
-    "triu_indices",
-    "zeros",
-    "zeros_like",
+    "arange", "as_tensor", "bernoulli", "empty", "empty_like", "eye", "from_numpy", "full", "full_like",
+    "hann_window", "linspace", "logspace", "meshgrid", "multinomial", "normal", "ones", "ones_like", "rand",
+    "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm", "tensor", "tril_indices",
+    "triu_indices", "zeros", "zeros_like",
 ]
+# fmt: on
 
 
 def read_forward(
@@ -96,6 +74,17 @@ def read_forward(
             module.__dict__.update(before[path])
 
 
+@contextmanager
+def _readable(path: str | None = None) -> Iterator[None]:
+    """Whatever the user's forward raises while it is traced says that it cannot be read."""
+    try:
+        yield
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(f"its forward cannot be followed: {_one_line(error)}", path=path) from error
+
+
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
@@ -132,6 +121,9 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, name: str) -> _Attribute:
         return _Attribute(self, name)
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
     def __len__(self) -> int:
         return int(self.tracer.concretise(self, "len"))
 
@@ -146,14 +138,14 @@ class _Proxy(fx.Proxy):
 
     def items(self) -> Any:
         """Pairs of a dict's keys and proxies of its values."""
-        return [(key, self[key]) for key in self.keys()]
+        return [(key, operator.getitem(self, key)) for key in self.keys()]
 
     def values(self) -> Any:
         """Proxies of a dict's values."""
-        return [self[key] for key in self.keys()]
+        return [operator.getitem(self, key) for key in self.keys()]
 
 
-class _Attribute(Attribute, _Proxy):  # type: ignore[misc]
+class _Attribute(Attribute, _Proxy):
     pass
 
 
@@ -180,13 +172,8 @@ class _Tracer(fx.Tracer):
         """Read the model."""
         if "forward" in model.__dict__:
             raise TraceError("its forward is set on the instance", path="the model")
-        with self._recorded_factories():
-            try:
-                self.trace(model)
-            except TraceError:
-                raise
-            except Exception as error:
-                raise TraceError(f"its forward cannot be followed: {_one_line(error)}", path="the model") from error
+        with self._recorded_factories(), _readable("the model"):
+            self.trace(model)
         return self.reading
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
@@ -211,18 +198,17 @@ class _Tracer(fx.Tracer):
     def _read_child(self, path: str, module: nn.Module, node: fx.Node) -> None:
         """Read a child as it is called at `node`; where that fails it is noted as closed."""
         outer = self.reading
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), outer.value_of)
+        args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, outer.value_of)
         self.graph, self.root = fx.Graph(tracer_cls=type(self)), module
         self.reading = Reading(path, module, self.graph, self.evaluation)
         try:
-            if "forward" in module.__dict__:
-                raise TraceError("its forward is set on the instance")
-            self.create_node("output", "output", (self.create_arg(self._run_forward(args, kwargs)),), {})
+            with _readable():
+                if "forward" in module.__dict__:
+                    raise TraceError("its forward is set on the instance")
+                self.create_node("output", "output", (self.create_arg(self._run_forward(args, kwargs)),), {})
             outer.children[node] = self.reading
         except TraceError as error:
             self.closed[path] = error.message
-        except Exception as error:
-            self.closed[path] = f"its forward cannot be followed: {_one_line(error)}"
         finally:
             self.reading, self.graph, self.root = outer, outer.graph, outer.module
 
@@ -267,7 +253,7 @@ class _Tracer(fx.Tracer):
             default = (parameter.default if simple else None,)
         proxy = self.create_proxy("placeholder", parameter.name, default, {})
         self.reading.given[proxy.node] = value
-        if _holds_value(value):
+        if leaves(value, Value):
             return _unpacked(value, proxy)
         if value is None or isinstance(value, base_types):
             where = self.reading.path
@@ -289,13 +275,13 @@ class _Tracer(fx.Tracer):
         return proxy
 
     def _path_in_frame(self, module: nn.Module) -> str:
-        path = (self.submodule_paths or {}).get(module)
+        path: str | None = (self.submodule_paths or {}).get(module)
         prefix = f"{self.reading.path}." if self.reading.path else ""
         if path is not None and path.startswith(prefix):
             return path[len(prefix) :]
         for name, child in self.reading.module.named_modules():
             if child is module:
-                return name
+                return str(name)
         raise TraceError(f"its forward calls a {type(module).__name__} that is none of its submodules")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -393,17 +379,11 @@ def _depends_on_input(node: fx.Node) -> bool:
     return False
 
 
-def _holds_value(value: Any) -> bool:
-    found: list[Value] = []
-    map_values(value, found.append)
-    return bool(found)
-
-
 def _unpacked(value: Any, proxy: Any) -> Any:
     """The structure with each `Value` in it replaced by the item of `proxy` that holds it."""
     if isinstance(value, Value):
         return proxy
-    if not _holds_value(value):
+    if not leaves(value, Value):
         return value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_unpacked(item, proxy[index]) for index, item in enumerate(value)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from torchtrim.graph.execution import known_inputs
 from torchtrim.graph.guards import GUARDS
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.opening import read_forward
-from torchtrim.graph.reading import Evaluation, Reading, Value, map_values, same_graph
+from torchtrim.graph.reading import Evaluation, Reading, Value, same_graph
+from torchtrim.graph.structure import leaves, map_leaves
 
 
 def inputs_for(model: nn.Module, example_inputs: ExampleInputs | None) -> Inputs:
@@ -85,9 +87,7 @@ class Site:
     @property
     def inputs(self) -> list[Site]:
         """The sites whose values this one takes, each once, in order."""
-        found: dict[Site, None] = {}
-        map_sites((self.args, self.kwargs), lambda site: found.setdefault(site))
-        return list(found)
+        return list(dict.fromkeys(leaves((self.args, self.kwargs), Site)))
 
 
 @dataclass(eq=False)
@@ -138,7 +138,7 @@ class Reader:
         positions = {id(values[id(tensor)]): index for index, tensor in enumerate(tensors)}
         mapped = self.inputs.map(lambda tensor: values[id(tensor)])
         args, kwargs = mapped.args, mapped.kwargs
-        readings = [
+        in_eval, in_train = (
             read_forward(
                 self.root,
                 args,
@@ -149,12 +149,12 @@ class Reader:
                 training=training,
             )
             for training in (False, True)
-        ]
-        frame = Frame("", self.root, *readings, differs=not same_graph(readings[0].graph, readings[1].graph))
+        )
+        frame = Frame("", self.root, in_eval, in_train, not same_graph(in_eval.graph, in_train.graph))
         names = list(self.inputs.bind(self.root))
         sites: dict[int, Site] = {}
 
-        def site_of(value: Value, name: str, mode: str) -> Site:
+        def site_of(name: str, mode: str, value: Value) -> Site:
             if id(value) not in sites:
                 node = next(iter(getattr(frame, mode).graph.nodes))
                 sites[id(value)] = Site(f":{name}", "input", frame, node, mode, positions[id(value)])
@@ -165,8 +165,7 @@ class Reader:
         for mode in ("eval", "train") if frame.differs else ("eval",):
             self._split = frame.differs
             environment = {
-                name: map_values(bound[name], lambda value, name=name, mode=mode: site_of(value, name, mode))
-                for name in names
+                name: map_leaves(bound[name], Value, functools.partial(site_of, name, mode)) for name in names
             }
             self.outputs[mode] = self._walk(frame, mode, environment)
         self.outputs.setdefault("train", self.outputs["eval"])
@@ -179,22 +178,23 @@ class Reader:
             for size in (batch, batch + 1)
         ]
         return {
-            id(tensor): Value(lambda index=index: (fakes[0][index], fakes[1][index]))
-            for index, tensor in enumerate(self.inputs.tensors)
+            id(tensor): Value(functools.partial(tuple, pair))
+            for tensor, pair in zip(self.inputs.tensors, zip(*fakes, strict=True), strict=True)
         }
 
     def _opened(self, frame: Frame, mode: str, node: fx.Node, path: str) -> Frame | None:
         """The frame of a child's call, where the child was opened in every mode that makes the call."""
         if path in self.closed:
             return None
-        pairs = self._pairs.setdefault(frame, pair_nodes(frame))
+        pairs = self._pairs[frame] = self._pairs.get(frame) or pair_nodes(frame)
+        calls: tuple[fx.Node | None, fx.Node | None]
         if mode == "eval":
-            in_eval, in_train = node, pairs.get(node)
+            calls = (node, pairs.get(node))
         else:
-            in_eval, in_train = next((left for left, right in pairs.items() if right is node), None), node
+            calls = (next((left for left, right in pairs.items() if right is node), None), node)
         readings = [
             reading.children.get(each)
-            for reading, each in ((frame.eval, in_eval), (frame.train, in_train))
+            for reading, each in zip((frame.eval, frame.train), calls, strict=True)
             if each is not None
         ]
         first, last = readings[0], readings[-1]
@@ -215,11 +215,8 @@ class Reader:
         reading: Reading = getattr(frame, mode)
         results: dict[fx.Node, Any] = {}
 
-        def resolved(argument: Any) -> Any:
-            return fx.node.map_arg(argument, lambda node: _Wrapped(results[node]))
-
         for node in reading.graph.nodes:
-            args, kwargs = _unwrapped(resolved(node.args)), _unwrapped(resolved(node.kwargs))
+            args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, results.__getitem__)
             if node.op == "output":
                 return args[0]
             if node.op == "placeholder":
@@ -311,38 +308,6 @@ def ancestors(path: str) -> Iterator[str]:
     parts = path.split(".")
     for length in range(1, len(parts)):
         yield ".".join(parts[:length])
-
-
-def map_sites(value: Any, function: Callable[[Site], Any]) -> Any:
-    """A structure with every `Site` in it passed through `function`."""
-    return _map(value, Site, function)
-
-
-def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, kind):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(item, kind, function) for item in value))
-    if isinstance(value, (tuple, list)):
-        # fx hands out its own immutable lists and tuples; plain ones are what the original functions were given
-        items = [_map(item, kind, function) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, dict):
-        return {key: _map(item, kind, function) for key, item in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_map(item, kind, function) for item in (value.start, value.stop, value.step)))
-    return value
-
-
-@dataclass(eq=False)
-class _Wrapped:
-    """A result on its way through `map_arg`, which would look into it otherwise."""
-
-    result: Any
-
-
-def _unwrapped(value: Any) -> Any:
-    return _map(value, _Wrapped, lambda wrapped: wrapped.result)
 
 
 _NOTHING = object()

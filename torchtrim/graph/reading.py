@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchtrim.graph.guards import GUARDS
+from torchtrim.graph.structure import map_leaves
 
 
 @dataclass
@@ -78,8 +79,8 @@ class Reading:
 
     def _run(self, node: fx.Node, which: int) -> Any:
         if node.op == "placeholder":
-            return map_values(self.given[node], lambda value: value.evaluate()[which])
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: self.known[other][which])
+            return map_leaves(self.given[node], Value, lambda value: value.evaluate()[which])
+        args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, lambda other: self.known[other][which])
         if node.op == "get_attr":
             return functools.reduce(getattr, str(node.target).split("."), self.module)
         if node.op == "call_module":
@@ -117,16 +118,3 @@ def _same(one: Any, other: Any, pair: dict[fx.Node, fx.Node]) -> bool:
     if isinstance(one, slice):
         return _same((one.start, one.stop, one.step), (other.start, other.stop, other.step), pair)
     return one is other or bool(one == other) or (one != one and other != other)
-
-
-def map_values(value: Any, function: Callable[[Value], Any]) -> Any:
-    """The structure with every `Value` in it passed through `function`."""
-    if isinstance(value, Value):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_values(item, function) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(map_values(item, function) for item in value)
-    if isinstance(value, dict):
-        return {key: map_values(item, function) for key, item in value.items()}
-    return value

@@ -19,7 +19,8 @@ from torchtrim.graph.head import head_sites
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.macs import macs_of
 from torchtrim.graph.opened import OpenedModule, opened
-from torchtrim.graph.reader import Frame, Reader, Site, addresses, inputs_for, map_sites
+from torchtrim.graph.reader import Frame, Reader, Site, addresses, inputs_for
+from torchtrim.graph.structure import map_leaves
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, check: bool = True) -> ModuleGraph:
@@ -243,7 +244,7 @@ class ModuleGraph:
 
     def _addressed(self, value: Any) -> Any:
         address_of = {site: address for address, site in addresses(self._reader.sites).items()}
-        return map_sites(value, lambda site: address_of[site])
+        return map_leaves(value, Site, address_of.__getitem__)
 
     def __str__(self) -> str:
         lines = [f"{len(self)} nodes; head: {', '.join(self.heads) or 'none'}"]
@@ -349,9 +350,9 @@ def _evaluated(site: Site, outputs: dict[Site, Any], tensors: list[torch.Tensor]
         return fake.from_tensor(tensors[site.target].detach())
     if site.op == "attribute":
         return site.target
-    args, kwargs = map_sites((site.args, site.kwargs), outputs.__getitem__)
+    args, kwargs = map_leaves((site.args, site.kwargs), Site, outputs.__getitem__)
     if site.op == "module":
-        site.target.train(site.mode == "train")
+        site.target.eval()  # for shapes and cost that is enough, and batch norm takes a batch of one
         return site.target(*args, **kwargs)
     if site.op == "method":
         return getattr(args[0], site.target)(*args[1:], **kwargs)
@@ -360,7 +361,7 @@ def _evaluated(site: Site, outputs: dict[Site, Any], tensors: list[torch.Tensor]
 
 class _MacCounter(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
