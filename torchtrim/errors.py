@@ -44,7 +44,9 @@ class TorchTrimError(Exception):
     def __str__(self) -> str:
         text = self.message if self.path is None else f"{self.path}: {self.message}"
         details = [
-            f"{name}: {value}" for name, value in (("found", self.found), ("expected", self.expected)) if value is not None
+            f"{name}: {value}"
+            for name, value in (("found", self.found), ("expected", self.expected))
+            if value is not None
         ]
         if details:
             text += f" ({'; '.join(details)})"

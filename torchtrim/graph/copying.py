@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType
@@ -58,7 +60,7 @@ def structural_copy(model: nn.Module, *, own_buffers: bool = False) -> nn.Module
     Raises:
         ModelError: The model holds something that cannot be copied.
     """
-    memo = _computed(model)
+    memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = parameter
     for buffer in model.buffers():
@@ -70,7 +72,7 @@ def structural_copy(model: nn.Module, *, own_buffers: bool = False) -> nn.Module
     return twin
 
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type, FunctionType)
+_PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type, FunctionType}
 
 
 def _copy_module(module: nn.Module, memo: dict[int, Any]) -> Any:
@@ -85,7 +87,7 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> Any:
     memo[id(module)] = twin
     attributes = twin.__dict__
     for name, value in module.__dict__.items():
-        if isinstance(value, _PLAIN):
+        if type(value) in _PLAIN:
             attributes[name] = value
         elif name == "_modules":
             attributes[name] = {
@@ -94,12 +96,13 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> Any:
         elif name in ("_parameters", "_buffers"):
             attributes[name] = {key: None if held is None else memo[id(held)] for key, held in value.items()}
         elif isinstance(value, dict) and not value:
-            attributes[name] = copy.copy(value)
+            attributes[name] = value.__class__() if type(value) in (dict, OrderedDict) else copy.copy(value)
         elif isinstance(value, torch.Tensor) and id(value) not in memo:
             attributes[name] = memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
         elif isinstance(value, fx.Graph):
             attributes[name] = value
         else:
+            memo |= _computed(value)
             attributes[name] = copy.deepcopy(value, memo)
     return twin
 
@@ -110,7 +113,12 @@ def full_copy(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: The model holds something that cannot be copied.
     """
-    return _deepcopy(model, _computed(model))
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if name != "_modules" and isinstance(value, (torch.Tensor, dict, list)):
+                memo |= _computed(value)
+    return _deepcopy(model, memo)
 
 
 def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -120,25 +128,12 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         raise _uncopyable(model, error) from error
 
 
-def _computed(model: nn.Module) -> dict[int, Any]:
-    """Copies of the tensors among a model's attributes that were computed from parameters: they refuse deepcopy.
+def _computed(value: Any) -> dict[int, Any]:
+    """Copies of the tensors in an attribute that were computed from parameters: such tensors refuse deepcopy.
 
-    Caches hold such tensors, and old-style `weight_norm` does.
+    Caches hold them, and old-style `weight_norm` does.
     """
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        for name, value in module.__dict__.items():
-            if name != "_modules" and (isinstance(value, torch.Tensor) or (value and isinstance(value, (dict, list)))):
-                for tensor in leaves(value, torch.Tensor):
-                    if not tensor.is_leaf:
-                        found[id(tensor)] = tensor.detach().clone()
-    return found
-
-
-def _uncopyable(model: nn.Module, error: Exception) -> ModelError:
-    return ModelError(
-        f"the model cannot be copied: {error}", found=type(model).__name__, hint="take out what cannot be copied"
-    )
+    return {id(tensor): tensor.detach().clone() for tensor in leaves(value, torch.Tensor) if not tensor.is_leaf}
 
 
 @contextmanager
@@ -152,6 +147,18 @@ def kept_random_state() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+@contextmanager
+def paused_collection() -> Iterator[None]:
+    """Without Python's cycle collector: it would walk through all the graphs again and again while they are made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

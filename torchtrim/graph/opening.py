@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -61,17 +62,22 @@ def read_forward(
         TraceError: With the reason that the model's own forward cannot be read.
     """
     modules = dict(model.named_modules())
-    before = {path: dict(module.__dict__) for path, module in modules.items()}
+    modes = [module.training for module in modules.values()]
     for module in modules.values():
         module.__dict__["training"] = training
-    tracer = _Tracer((args, kwargs), wanted, closed, evaluation)
     try:
-        return tracer.read(model)
+        reading = _Tracer((args, kwargs), wanted, closed, evaluation).read(model)
     finally:
-        for path, module in modules.items():
-            _forget_proxies(module)
-            module.__dict__.clear()
-            module.__dict__.update(before[path])
+        written = [path for path, module in modules.items() if _forget_proxies(module)]
+        for module, mode in zip(modules.values(), modes, strict=True):
+            module.__dict__["training"] = mode
+    for path in written:
+        # A forward kept state in a module other than its own: the one around it must be the one that did.
+        parent = path.rpartition(".")[0]
+        if not parent:
+            raise TraceError(f"its forward keeps state in {path!r}", path="the model")
+        closed.setdefault(parent, f"its forward keeps state in {path!r}")
+    return reading
 
 
 @contextmanager
@@ -90,27 +96,34 @@ def _one_line(error: Exception) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def _forget_proxies(module: nn.Module) -> None:
-    for value in module.__dict__.values():
+def _forget_proxies(module: nn.Module) -> bool:
+    """Take out what a traced forward left in a module's attributes; returns whether there was anything."""
+    held = [name for name, value in module.__dict__.items() if _holds_proxy(value)]
+    for name in held:
+        value = module.__dict__[name]
         if isinstance(value, dict):
             for key in [key for key, item in value.items() if isinstance(item, fx.Proxy)]:
                 del value[key]
         elif isinstance(value, list):
             value[:] = [item for item in value if not isinstance(item, fx.Proxy)]
+        else:
+            del module.__dict__[name]
+    return bool(held)
 
 
 def _kept_state(module: nn.Module, before: dict[str, Any]) -> str | None:
     """The attribute in which a forward kept something, if it did."""
     for name, value in module.__dict__.items():
-        if name in before and before[name] is not value:
-            return name
-        if name not in before or (isinstance(value, fx.Proxy)):
-            return name
-        if isinstance(value, (dict, list)) and any(
-            isinstance(item, fx.Proxy) for item in (value.values() if isinstance(value, dict) else value)
-        ):
+        if before.get(name, module) is not value or _holds_proxy(value):
             return name
     return None
+
+
+def _holds_proxy(value: Any) -> bool:
+    kind = type(value)
+    if kind is dict or kind is OrderedDict or kind is list:
+        return bool(value) and any(isinstance(item, fx.Proxy) for item in (value if kind is list else value.values()))
+    return isinstance(value, fx.Proxy)
 
 
 class _Proxy(fx.Proxy):
@@ -189,8 +202,13 @@ class _Tracer(fx.Tracer):
         before = dict(module.__dict__)
         forward = type(module).forward
         positional, named = self._placeholders(_signature(forward), args, kwargs)
-        result = forward(module, *positional, **named)
-        kept = _kept_state(module, before)
+        try:
+            result = forward(module, *positional, **named)
+            kept = _kept_state(module, before)
+        finally:
+            _forget_proxies(module)
+            module.__dict__.clear()
+            module.__dict__.update(before)
         if kept is not None:
             raise TraceError(f"its forward keeps state in the attribute {kept!r}", path=path or "the model")
         return result
@@ -293,6 +311,10 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if a is None or type(a) in (int, str, float, bool):
+            return a
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
             for name, buffer in self.reading.module.named_buffers():
                 if a is buffer:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from torchtrim.errors import InputError, TraceError
-from torchtrim.graph.copying import kept_random_state, structural_copy, unwrap
+from torchtrim.graph.copying import kept_random_state, paused_collection, structural_copy, unwrap
 from torchtrim.graph.execution import known_inputs
 from torchtrim.graph.guards import GUARDS
 from torchtrim.graph.inputs import ExampleInputs, Inputs
@@ -124,7 +124,7 @@ class Reader:
         Raises:
             TraceError: The model's own forward cannot be read.
         """
-        with kept_random_state(), torch.enable_grad():
+        with kept_random_state(), torch.enable_grad(), paused_collection():
             while True:
                 self.frames, self.sites, self.outputs = {}, [], {}
                 self._read_root()
