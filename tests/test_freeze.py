@@ -78,6 +78,49 @@ def test_tracked_statistics_go_on() -> None:
     assert not torch.equal(before, model.layer1[0].bn1.running_mean)
 
 
+def test_tracking_releases_what_an_earlier_call_held() -> None:
+    model = timm.create_model("test_resnet").train()
+    everywhere = freeze(model).batchnorm
+    assert 0 < freeze(model, "layer1", batchnorm="track").batchnorm < everywhere
+    model.train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("running_mean")}
+    model(torch.randn(2, 3, 64, 64))
+    moved = {
+        name.split(".")[0]
+        for name, buffer in model.named_buffers()
+        if not torch.equal(before.get(name, buffer), buffer)
+    }
+    assert moved == {"layer1"} and trainable(model) == set()
+
+
+def test_sync_batchnorm_conversion_comes_before_freezing() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    freeze(model)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert held(converted) == set(), "the conversion makes new norms, as the docstring says"
+    assert freeze(converted).batchnorm == 1 and held(converted) == {"1"}
+
+
+def test_parameters_are_named_by_themselves() -> None:
+    model = timm.create_model("test_vit")
+    report = freeze(model, ["head.bias", "cls_token", "blocks.0"])
+    assert report.paths == ("blocks.0", "head.bias", "cls_token")
+    names = {name for name, _ in model.named_parameters()}
+    assert names - trainable(model) == {n for n in names if n in report.paths or n.startswith("blocks.0.")}
+    unfreeze(model, "*.bias")
+    assert "head.bias" in trainable(model) and "cls_token" not in trainable(model)
+    unfreeze(model, "*_token")
+    assert "cls_token" in trainable(model)
+
+    norm = nn.Sequential(nn.BatchNorm1d(2))
+    assert freeze(norm, "0.weight").batchnorm == 0 and held(norm) == set() and trainable(norm) == {"0.bias"}
+    tied = Tied()
+    freeze(tied, "head.weight")
+    assert trainable(tied) == {"last.weight", "last.bias", "middle.weight", "middle.bias", "scale"}
+    freeze(tied, "**.bias")
+    assert trainable(tied) == {"last.weight", "middle.weight", "scale"}
+
+
 def test_unfreeze_puts_norms_in_the_mode_of_what_holds_them() -> None:
     model = timm.create_model("test_resnet").train()
     freeze(model, "layer1")
@@ -159,12 +202,21 @@ def test_what_cannot_be_frozen_changes_nothing() -> None:
         {"what": "x*"},
         {"what": "head", "upto": "last"},
         {"upto": "nowhere"},
+        {"upto": nn.Linear},
+        {"upto": "scale"},
+        {"what": lambda module: True},
+        {"what": ["head", "scal"]},
+        {"what": []},
         {"what": "head", "batchnorm": "keep"},
     ):
         with pytest.raises((PathError, SelectionError)):
             freeze(model, **wrong)  # type: ignore[arg-type]
     with pytest.raises(PathError, match="'head'"):
         unfreeze(model, "heads")
+    with pytest.raises(PathError, match=r"no module or parameter of this name.*'head.weight'"):
+        freeze(model, "head.weigth")
+    with pytest.raises(SelectionError, match=r"no module and no parameter.*'scale'"):
+        freeze(model, "scales*")
     inception = torchvision.models.inception_v3(init_weights=False, weights=None)
     with pytest.raises(PathError, match="never called"):
         freeze(inception, upto="AuxLogits", example_inputs=torch.zeros(1, 3, 299, 299))

@@ -143,16 +143,49 @@ def test_shared_parameters_come_once() -> None:
     [
         ({"lrs": {"layer4": 0.1, "layer*": 0.2}}, "two learning rates"),
         ({"lrs": {"stage*": 0.1}}, "nothing in ResNet fits"),
-        ({"lrs": {"fc": -1.0}}, "fc: the learning rate is negative"),
-        ({"lr": 0.0}, "not positive"),
+        ({"lrs": {"fc": -1.0}}, r"^lrs\[.fc.\]: out of range \(found: -1.0"),
+        ({"lr": 0.0}, "^lr: out of range .*a number above 0"),
+        ({"lr": -0.1}, "^lr: out of range"),
+        ({"lr": "1e-3"}, "^lr: not a number .found: '1e-3'; expected: a number above 0"),
+        ({"lrs": {"fc": "1e-3"}}, "not a number"),
+        ({"lrs": ["fc"]}, "^lrs: not rates by path"),
+        ({"layer_decay": None}, "^layer_decay: not a number"),
         ({"layer_decay": 1.5}, "above 0 and at most 1"),
         ({"layer_decay": float("nan")}, "above 0 and at most 1"),
-        ({"weight_decay": -0.1}, "negative"),
+        ({"weight_decay": -0.1}, "^weight_decay: out of range"),
+        ({"weight_decay": float("inf")}, "^weight_decay: out of range"),
+        ({"no_decay": "fc.weigth"}, "no_decay='fc.weigth': no parameter of ResNet.*'fc.weight'"),
+        ({"no_decay": ["fc.*", "layer4"]}, r"no_decay='layer4'.*Try: layer4\.\*"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SelectionError, match=message):
         param_groups(timm.create_model("test_resnet"), **arguments)
+
+
+def test_one_name_is_one_name() -> None:
+    model = timm.create_model("test_resnet")
+    for no_decay in ("fc.weight", ["fc.weight"], iter(["fc.w*"])):
+        decays = by_name(model, param_groups(model, no_decay=no_decay), "weight_decay")
+        assert decays["fc.weight"] == 0 and decays["layer4.0.conv1.weight"] == 0.05
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    assert by_name(tied, param_groups(tied, no_decay="1.weight"), "weight_decay")["0.weight"] == 0
+
+
+def test_rates_of_parameters_by_name() -> None:
+    model = timm.create_model("test_vit")
+    groups = param_groups(model, lr=0.1, lrs={"pos_embed": 0.01, "head": 1.0, "**.qkv.bias": 0.5})
+    rates = by_name(model, groups, "lr")
+    assert in_one_group_each(model, groups)
+    assert {name for name, rate in rates.items() if rate == 0.01} == {"pos_embed"}
+    assert (
+        {name for name, rate in rates.items() if rate == 0.5} == {n for n in rates if n.endswith("qkv.bias")} != set()
+    )
+    with pytest.raises(PathError, match="'pos_embed'"):
+        param_groups(model, lrs={"pos_embedding": 0.1})
+    with pytest.raises(SelectionError, match=r"head\.bias: two learning rates"):
+        param_groups(model, lrs={"head": 0.1, "head.bias": 0.2})
 
 
 def test_nothing_trainable_and_unknown_paths() -> None:

@@ -106,6 +106,25 @@ def test_an_unknown_path_names_the_nearest() -> None:
         select(model, ["layer1", "layer9"])
 
 
+def test_a_path_that_is_no_string_and_a_predicate_of_one_argument() -> None:
+    model = Backwards()
+    with pytest.raises(PathError, match=r"a path is a string \(found: <class .*Linear"):
+        resolve(model, nn.Linear)  # type: ignore[arg-type]
+    with pytest.raises(SelectionError, match=r"with a path and a module: too many.*<lambda>\(module\)"):
+        find(model, lambda module: True)  # type: ignore[misc, arg-type]
+    with pytest.raises(SelectionError, match="with a path and a module"):
+        find(model, where=lambda: True)  # type: ignore[misc, arg-type]
+    for wrong in ({"where": "first"}, {"type": "Linear"}, {"expect": "2"}):
+        with pytest.raises(SelectionError, match=f"^{next(iter(wrong))}: not a"):
+            find(model, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="of the user"):
+        find(model, lambda path, module: raises(TypeError("of the user")))
+
+
+def raises(error: Exception) -> bool:
+    raise error
+
+
 def test_inputs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match=r"^first: .*float32\[2, 5\].*3 in the last dimension"):
         find(Backwards(), example_inputs=torch.zeros(2, 5))

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from torchtrim.errors import InputError, ModelError
+from torchtrim.errors import InputError, ModelError, PathError
 from torchtrim.graph.execution import inputs_from_spec, run_fake, spec_of
 from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.summary import Summary, summary
@@ -113,6 +113,25 @@ def test_the_table_the_html_and_the_data_agree() -> None:
 def _tensors(_: Summary) -> list[torch.Tensor]:
     model = timm.create_model("test_efficientnet")
     return [*model.parameters(), *model.buffers()]
+
+
+def test_a_row_that_is_not_there_names_the_nearest() -> None:
+    read = summary(timm.create_model("test_resnet"), torch.zeros(1, 3, 64, 64), depth=1)
+    with pytest.raises(PathError, match=r"^layer: the summary has no row.*'layer4'"):
+        read["layer"]
+
+
+def test_hooks_with_state_are_run_and_those_of_the_user_are_not() -> None:
+    class Doubled:
+        def __call__(self, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+            return torch.cat([output, output], dim=-1)
+
+    model, seen = nn.Linear(3, 4), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args))
+    model.register_forward_hook(lambda module, args, kwargs, output: seen.append(output), with_kwargs=True)
+    model.register_forward_hook(Doubled())
+    assert summary(nn.Sequential(model), torch.zeros(2, 3))[""].shapes == ((2, 8),)
+    assert not seen and len(model._forward_hooks) == 2 and len(model._forward_pre_hooks) == 1
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -228,7 +247,8 @@ def test_recorded_inputs_are_used_and_survive_json() -> None:
 
 def test_a_billion_parameters_take_under_a_gigabyte() -> None:
     code = """
-import resource, torch
+import re, resource, sys, torch
+from pathlib import Path
 from torch import nn
 from torchtrim.graph.summary import summary
 torch.set_num_threads(1)
@@ -236,7 +256,12 @@ with torch.device("meta"):
     layer = nn.TransformerEncoderLayer(2048, 16, 8192, batch_first=True)
     model = nn.TransformerEncoder(layer, 20)
 read = summary(model, torch.zeros(1, 128, 2048))
-print(read.params, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+status = Path("/proc/self/status")  # ru_maxrss is inherited from the process that started this one
+if status.exists():
+    peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1]) * 1024
+else:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+print(read.params, peak)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     params, peak = map(int, done.stdout.split())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from types import UnionType
 from typing import TypeAlias
 
 from torch import nn
@@ -45,7 +47,8 @@ def find(
 
     Raises:
         PathError: An exact path does not exist; the nearest are named.
-        SelectionError: Nothing fits (unless `expect` allows 0), or not as many as expected; lists what was found.
+        SelectionError: Nothing fits (unless `expect` allows 0), or not as many as expected; lists what was found. Also
+            for a selection that is none of these, and a predicate that does not take (path, module).
         InputError: The model refuses the inputs.
 
     Example:
@@ -56,6 +59,7 @@ def find(
         ['2.0', '2.1']
     """
     model = unwrap(model)
+    _check_filters(type, where, expect)
     paths = _matching(model, what)
     kept = [
         path
@@ -106,18 +110,38 @@ def resolve(model: nn.Module, path: str) -> nn.Module:
         Linear(in_features=2, out_features=3, bias=True)
     """
     model = unwrap(model)
+    if not isinstance(path, str):
+        raise PathError("a path is a string", found=repr(path), expected="a module's dotted name, like 'layer3.2'")
     names: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if path in names:
         return names[path]
+    raise unknown(model, path)
+
+
+def unknown(model: nn.Module, path: str, *, parameters: bool = False) -> PathError:
+    """The error for a path that does not exist, with what there is nearby.
+
+    Args:
+        model: The model, out of its wrapper.
+        path: The path.
+        parameters: Whether the name of a parameter would have done too.
+
+    Example:
+        >>> print(unknown(nn.Sequential(nn.Linear(2, 3)), "0.wait", parameters=True))
+        0.wait: Sequential has no module or parameter of this name (expected: under '0': weight, bias)...
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [*modules, *(name for name, _ in model.named_parameters(remove_duplicate=False) if parameters)]
     parent = path.rpartition(".")[0]
-    while parent not in names:
+    while parent not in modules:
         parent = parent.rpartition(".")[0]
-    children = [name for name, _ in names[parent].named_children()]
-    raise PathError(
-        f"{model.__class__.__name__} has no module of this name",
+    below = [name for name, _ in modules[parent].named_children()]
+    below += [name for name, _ in modules[parent].named_parameters(recurse=False) if parameters]
+    return PathError(
+        f"{type(model).__name__} has no {'module or parameter' if parameters else 'module'} of this name",
         path=path,
-        expected=(f"under {parent!r}: " if parent else "") + _some(children),
-        hint=nearest(path, (name for name in names if name)),
+        expected=(f"under {parent!r}: " if parent else "") + _some(below),
+        hint=nearest(path, filter(None, names)),
     )
 
 
@@ -167,6 +191,7 @@ def _matching(model: nn.Module, what: What) -> list[str]:
 
     items = what if isinstance(what, Sequence) and not isinstance(what, str) else [what]
     for item in items:
+        _check_item(item)
         take(item)
     rank = {path: index for index, path in enumerate(everything)}
     return sorted(found.values(), key=lambda path: rank[path])
@@ -177,13 +202,46 @@ def _is(item: object, path: str, module: nn.Module) -> bool:
         return matches(path, item)
     if isinstance(item, type):
         return isinstance(module, item)
+    return callable(item) and bool(item(path, module))
+
+
+def _check_item(item: object) -> None:
+    if isinstance(item, (str, type)):
+        return
     if isinstance(item, nn.Module) or not callable(item):
         raise SelectionError(
             "this selects nothing",
-            found=item.__class__.__name__,
+            found=type(item).__name__,
             expected="a path, a glob, a module type, a predicate of (path, module), or a list of these",
         )
-    return bool(item(path, module))
+    _check_predicate(item)
+
+
+def _check_predicate(predicate: Callable[..., object]) -> None:
+    try:
+        signature = inspect.signature(predicate)
+    except ValueError:
+        return  # some builtins have none to read; they are called as they are
+    try:
+        signature.bind("", nn.Identity())
+    except TypeError as error:
+        raise SelectionError(
+            f"a predicate is called with a path and a module: {error}",
+            found=getattr(predicate, "__name__", type(predicate).__name__) + str(signature),
+            hint="lambda path, module: ...",
+        ) from error
+
+
+def _check_filters(kinds: object, where: object, expect: object) -> None:
+    for kind in kinds if isinstance(kinds, tuple) else (kinds,):
+        if kind is not None and not isinstance(kind, (type, UnionType)):
+            raise SelectionError("not a module type", path="type", found=repr(kind), expected="like nn.Linear")
+    if where is not None and (isinstance(where, nn.Module) or not callable(where)):
+        raise SelectionError("not a predicate", path="where", found=repr(where), hint="lambda path, module: ...")
+    if where is not None:
+        _check_predicate(where)
+    if expect is not None and not isinstance(expect, (int, range)):
+        raise SelectionError("not a count", path="expect", found=repr(expect), expected="a number or a range")
 
 
 def _fits(parts: list[str], pattern: list[str]) -> bool:
@@ -209,7 +267,8 @@ def _names(model: nn.Module) -> list[str]:
 
 def _filters(type: object, where: Predicate | None) -> str:
     kinds = type if isinstance(type, tuple) else (type,)
-    text = f" of type {' or '.join(kind.__name__ for kind in kinds)}" if type is not None else ""
+    names = [getattr(kind, "__name__", str(kind)) for kind in kinds]
+    text = f" of type {' or '.join(names)}" if type is not None else ""
     return text + (f" where {getattr(where, '__name__', repr(where))}" if where is not None else "")
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from torchtrim.errors import InputError
+from torchtrim.errors import InputError, PathError, nearest
 from torchtrim.graph.copying import unwrap
 from torchtrim.graph.execution import Execution, run_if_known
 from torchtrim.graph.inputs import ExampleInputs
@@ -81,7 +81,12 @@ class Summary:
         for row in self.rows:
             if row.path == path:
                 return row
-        raise KeyError(path)
+        raise PathError(
+            "the summary has no row of this name",
+            path=path,
+            found=f"{len(self.rows)} rows",
+            hint=nearest(str(path), [row.path for row in self.rows if row.path]),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that JSON can hold."""

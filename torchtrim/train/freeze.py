@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +12,8 @@ from torchtrim.errors import PathError, SelectionError
 from torchtrim.graph.copying import unwrap
 from torchtrim.graph.execution import Execution, module_ticks, run_if_known
 from torchtrim.graph.inputs import ExampleInputs
-from torchtrim.graph.paths import What, resolve, select
+from torchtrim.graph.paths import What, resolve
+from torchtrim.train.parts import Part, part_of, unique
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,15 @@ def freeze(
     Parameters get `requires_grad=False`, and their gradients are dropped, so that an optimizer leaves them where they
     are. Norms with running statistics are a question of their own: with `batchnorm="freeze"` those in the part
     stay in eval mode (they use their statistics and do not move them) also after `model.train()`; with `"track"`
-    they go on collecting. That survives copying and pickling. A parameter that is shared is frozen wherever it is used.
+    they go on collecting, also where an earlier call held them. That survives copying and pickling, but not
+    `nn.SyncBatchNorm.convert_sync_batchnorm`, which makes new norms: convert first, then freeze. A parameter that is
+    shared is frozen wherever it is used; one that is named by itself leaves the statistics of its norm alone.
 
     Args:
         model: The model; it is changed in place.
-        what: A path, a glob, a type, a predicate or a list of these; everything below is included. Left out without
-            `upto`: the whole model.
+        what: A path, a glob, a type, a predicate or a list of these; everything below is included. A path may be that
+            of a parameter (`cls_token`, `head.bias`), and so may a glob that fits no module (`**.bias`). Left out
+            without `upto`: the whole model.
         upto: Instead of `what`: all that runs up to the end of this module (its last call), in the order of execution
             where `example_inputs` are given or known, else in the order of registration.
         example_inputs: What the forward takes, for `upto`.
@@ -88,16 +91,18 @@ def freeze(
     if batchnorm not in ("freeze", "track"):
         raise SelectionError("an unknown way with batch-norm statistics", found=batchnorm, expected="freeze or track")
     model = unwrap(model)
-    modules, parameters, paths = _part(model, what, "upto", upto, example_inputs)
-    for parameter in parameters:
+    part = _part(model, what, "upto", upto, example_inputs)
+    for parameter in part.parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
-    if batchnorm == "freeze":
-        for module in modules:
+    if batchnorm == "track":
+        _release(model, part.modules)
+    else:
+        for module in part.modules:
             if has_statistics(module):
                 module.__dict__["train"] = partial(_stay_in_eval, module)
                 module.training = False
-    return _standing(model, "froze", paths)
+    return _standing(model, "froze", part.paths)
 
 
 def unfreeze(
@@ -111,8 +116,8 @@ def unfreeze(
 
     Args:
         model: The model; it is changed in place.
-        what: A path, a glob, a type, a predicate or a list of these; everything below is included. Left out without
-            `since`: the whole model.
+        what: A path, a glob, a type, a predicate or a list of these, as for `freeze`; everything below is included.
+            Left out without `since`: the whole model.
         since: Instead of `what`: all that runs from the start of this module (its first call) on, in the order of
             execution where `example_inputs` are given or known, else in the order of registration. A shared
             parameter that is used before it stays frozen.
@@ -128,16 +133,12 @@ def unfreeze(
         (0, 10)
     """
     model = unwrap(model)
-    modules, parameters, paths = _part(model, what, "since", since, example_inputs)
-    for parameter in parameters:
+    part = _part(model, what, "since", since, example_inputs)
+    for parameter in part.parameters:
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(True)
-    parent_of = {child: parent for parent in model.modules() for child in parent.children()}
-    for module in modules:
-        if _is_held(module):
-            del module.__dict__["train"]
-            module.train(parent_of[module].training if module in parent_of else module.training)
-    return _standing(model, "unfroze", paths)
+    _release(model, part.modules)
+    return _standing(model, "unfroze", part.paths)
 
 
 def has_statistics(module: nn.Module) -> bool:
@@ -163,14 +164,21 @@ def _is_held(module: nn.Module) -> bool:
     return isinstance(held, partial) and held.func is _stay_in_eval
 
 
+def _release(model: nn.Module, modules: list[nn.Module]) -> None:
+    """Let held norms follow `.train()` again, from the mode of what holds them on."""
+    parent_of = {child: parent for parent in model.modules() for child in parent.children()}
+    for module in modules:
+        if _is_held(module):
+            del module.__dict__["train"]
+            module.train(parent_of[module].training if module in parent_of else module.training)
+
+
 def _part(
     model: nn.Module, what: What | None, word: str, edge: str | None, example_inputs: ExampleInputs | None
-) -> tuple[list[nn.Module], list[nn.Parameter], tuple[str, ...]]:
+) -> Part:
     """The modules and parameters meant, and the paths that say so."""
     if edge is None:
-        paths = [""] if what is None else select(model, what)
-        modules = _unique(module for path in paths for module in resolve(model, path).modules())
-        return modules, _unique(p for path in paths for p in resolve(model, path).parameters()), tuple(paths)
+        return part_of(model, "" if what is None else what)
     if what is not None:
         raise SelectionError(f"give what or {word}, not both", found=f"what={what!r}, {word}={edge!r}")
     target = resolve(model, edge)
@@ -179,7 +187,7 @@ def _part(
         modules, parameters = _by_registration(model, target, word)
     else:
         modules, parameters = _by_execution(model, target, edge, word, execution)
-    return modules, parameters, _covering(model, parameters)
+    return Part(_covering(model, parameters), modules, parameters)
 
 
 def _by_registration(model: nn.Module, target: nn.Module, word: str) -> tuple[list[nn.Module], list[nn.Parameter]]:
@@ -188,7 +196,7 @@ def _by_registration(model: nn.Module, target: nn.Module, word: str) -> tuple[li
         modules = order[order.index(target) :]
     else:
         modules = order[: 1 + max(order.index(module) for module in target.modules())]
-    return modules, _unique(parameter for module in modules for parameter in module.parameters(recurse=False))
+    return modules, unique(parameter for module in modules for parameter in module.parameters(recurse=False))
 
 
 def _by_execution(
@@ -239,7 +247,3 @@ def _standing(model: nn.Module, action: str, paths: tuple[str, ...]) -> Frozen:
     total = sum(parameter.numel() for parameter in model.parameters())
     held = sum(_is_held(module) for module in model.modules())
     return Frozen(action, paths, frozen, total - frozen, held)
-
-
-def _unique(items: Iterable[Any]) -> list[Any]:
-    return list({id(item): item for item in items}.values())

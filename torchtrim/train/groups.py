@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any
 
 from torch import nn
 
-from torchtrim.errors import SelectionError
+from torchtrim.errors import SelectionError, nearest
 from torchtrim.graph.copying import unwrap
 from torchtrim.graph.execution import module_ticks, run_if_known
 from torchtrim.graph.inputs import ExampleInputs
-from torchtrim.graph.paths import resolve, select
+from torchtrim.train.parts import part_of
 
 
 def param_groups(
@@ -23,7 +25,7 @@ def param_groups(
     layer_decay: float = 1.0,
     weight_decay: float = 0.05,
     lrs: Mapping[str, float] | None = None,
-    no_decay: Iterable[str] = (),
+    no_decay: str | Iterable[str] = (),
     example_inputs: ExampleInputs | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for any torch optimizer, with every trainable parameter in exactly one of them.
@@ -43,8 +45,9 @@ def param_groups(
         lr: The learning rate of the last layer.
         layer_decay: The factor from each layer to the one before it, above 0 and at most 1.
         weight_decay: Weight decay of the other parameters.
-        lrs: Learning rates by path or glob, for all that lies below; layer decay does not touch these.
-        no_decay: Globs over parameter names (`*` matches dots too) that get no weight decay.
+        lrs: Learning rates by path or glob, for all that lies below; layer decay does not touch these. A path may be
+            that of a parameter (`pos_embed`), and so may a glob that fits no module.
+        no_decay: A glob over parameter names (`*` matches dots too), or several, that get no weight decay.
         example_inputs: What the forward takes, for the order of layers.
 
     Returns:
@@ -52,8 +55,8 @@ def param_groups(
         where a scheduler, as timm's do, multiplies by it once more). The first layers come first.
 
     Raises:
-        SelectionError: Nothing is trainable, two keys of `lrs` give one parameter different rates, a key fits
-            nothing, or a number is out of range.
+        SelectionError: Nothing is trainable, two keys of `lrs` give one parameter different rates, a key of it or a
+            glob of `no_decay` fits nothing, or a number is none or out of range.
         PathError: A path in `lrs` does not exist.
 
     Example:
@@ -66,7 +69,9 @@ def param_groups(
         layer 2 of 2, no weight decay 0.1 0.0 1
     """
     model = unwrap(model)
-    _check(lr, layer_decay, weight_decay, lrs or {})
+    _check_number("lr", lr, lambda value: value > 0, "a number above 0")
+    _check_number("layer_decay", layer_decay, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+    _check_number("weight_decay", weight_decay, lambda value: value >= 0, "a number from 0 up")
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise SelectionError(
@@ -101,48 +106,64 @@ def param_groups(
     return [groups[title] for title in sorted(groups, key=lambda title: (depth[title], title))]
 
 
-def _check(lr: float, layer_decay: float, weight_decay: float, lrs: Mapping[str, float]) -> None:
-    if not lr > 0:
-        raise SelectionError("the learning rate is not positive", found=lr, expected="a number above 0")
-    if not 0 < layer_decay <= 1:
-        raise SelectionError("the layer decay is out of range", found=layer_decay, expected="above 0 and at most 1")
-    if not weight_decay >= 0:
-        raise SelectionError("the weight decay is negative", found=weight_decay, expected="0 or more")
-    for key, rate in lrs.items():
-        if not rate >= 0:
-            raise SelectionError("the learning rate is negative", path=key, found=rate, expected="0 or more")
+def _check_number(name: str, value: object, fits: Callable[[Any], bool], expected: str) -> None:
+    if not isinstance(value, Real):
+        raise SelectionError("not a number", path=name, found=repr(value), expected=expected)
+    if not (math.isfinite(value) and fits(value)):
+        raise SelectionError("out of range", path=name, found=value, expected=expected)
 
 
 def _given_rates(model: nn.Module, lrs: Mapping[str, float]) -> dict[str, tuple[str, float]]:
     """For each parameter that `lrs` covers: the key and its rate."""
+    if not isinstance(lrs, Mapping) or not all(isinstance(key, str) for key in lrs):
+        raise SelectionError("not rates by path", path="lrs", found=repr(lrs), expected="like {'head': 0.001}")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     given: dict[str, tuple[str, float]] = {}
     for key, rate in lrs.items():
-        for path in select(model, key):
-            for parameter in resolve(model, path).parameters():
-                name = names[id(parameter)]
-                other, before = given.setdefault(name, (key, rate))
-                if before != rate:
-                    raise SelectionError(
-                        "two learning rates are given for this parameter",
-                        path=name,
-                        found=f"{other!r}: {before} and {key!r}: {rate}",
-                        hint="keys of lrs that do not overlap",
-                    )
+        _check_number(f"lrs[{key!r}]", rate, lambda value: value >= 0, "a number from 0 up")
+        for parameter in part_of(model, key).parameters:
+            name = names[id(parameter)]
+            other, before = given.setdefault(name, (key, rate))
+            if before != rate:
+                raise SelectionError(
+                    "two learning rates are given for this parameter",
+                    path=name,
+                    found=f"{other!r}: {before} and {key!r}: {rate}",
+                    hint="keys of lrs that do not overlap",
+                )
     return given
 
 
-def _without_decay(model: nn.Module, no_decay: Iterable[str]) -> set[str]:
+def _without_decay(model: nn.Module, no_decay: str | Iterable[str]) -> set[str]:
     """Names of the parameters that weight decay leaves alone."""
     own = getattr(model, "no_weight_decay", None)
-    globs = [*no_decay, *(own() if callable(own) else ())]
+    # What a model names itself may be absent: timm's do so for every variant at once.
+    named = _named(model, own() if callable(own) else ())
+    for glob in [no_decay] if isinstance(no_decay, str) else no_decay:
+        fitting = _named(model, [glob])
+        if not fitting:
+            names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+            below = any(name.startswith(f"{glob}.") for name in names)
+            raise SelectionError(
+                f"no parameter of {type(model).__name__} has a name that fits",
+                path=f"no_decay={glob!r}",
+                hint=f"{glob}.*" if below else nearest(str(glob).strip("*."), names),
+            )
+        named |= fitting
     exempt = set()
     for name, parameter in model.named_parameters():
         norm = isinstance(model.get_submodule(name.rpartition(".")[0]), _NORMS)
         bias = name.rpartition(".")[2] == "bias"
-        if parameter.dim() <= 1 or norm or bias or any(fnmatchcase(name, glob) for glob in globs):
+        if parameter.dim() <= 1 or norm or bias or parameter in named:
             exempt.add(name)
     return exempt
+
+
+def _named(model: nn.Module, globs: Iterable[str]) -> set[nn.Parameter]:
+    """The parameters with a name, a shared one's other names included, that fits one of these."""
+    globs = [str(glob) for glob in globs]
+    everything = model.named_parameters(remove_duplicate=False)
+    return {parameter for name, parameter in everything if any(fnmatchcase(name, glob) for glob in globs)}
 
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
