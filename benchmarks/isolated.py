@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
+from threading import Event
 from typing import Any
 
 import psutil
@@ -32,13 +33,18 @@ def run_each(
     )
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(preload)  # slow imports are made once
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = {pool.submit(_run, context, function, name, memory_gb, seconds): name for name in names}
+    stop = Event()
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        waiting = {pool.submit(_run, context, function, name, memory_gb, seconds, stop): name for name in names}
         for done in as_completed(waiting):
             yield waiting[done], done.result()
+    finally:  # also where the caller was interrupted: nothing runs on
+        stop.set()
+        pool.shutdown(cancel_futures=True)
 
 
-def _run(context: Any, function: Any, name: str, memory_gb: float, seconds: float) -> dict[str, Any]:
+def _run(context: Any, function: Any, name: str, memory_gb: float, seconds: float, stop: Event) -> dict[str, Any]:
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(function, name, theirs), daemon=True)
     began = time.monotonic()
@@ -56,6 +62,8 @@ def _run(context: Any, function: Any, name: str, memory_gb: float, seconds: floa
                 why = f"stopped: more than {memory_gb:g} GB"
             elif time.monotonic() - began > seconds:
                 why = f"stopped: more than {seconds:g} s"
+            elif stop.is_set():
+                why = "stopped"
         except (EOFError, psutil.NoSuchProcess):
             break
     if why is not None:

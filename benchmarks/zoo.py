@@ -12,6 +12,7 @@ the original, in both modes. Writes `zoo.json` and `zoo.md`.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from functools import partial as bind
 from pathlib import Path
@@ -37,6 +38,7 @@ PRELOAD = ["timm", "torchvision", "zoo_steps", "torchtrim.edits.cut", "torchtrim
 
 def main() -> int:
     options = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the processes too
     stem = "zoo_quick" if options.quick else "zoo"
     wanted = options.models or (list(QUICK) if options.quick else names())
     partial = options.out / f"{stem}.partial"

@@ -82,11 +82,13 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def _timm_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Half of the size it was made for, rounded up to 32, and that size."""
-    channels, height, width = model.pretrained_cfg["input_size"]
+    """128 or half of the size it was made for (a multiple of 32), the lesser first; then that size."""
+    channels, *made_for = model.pretrained_cfg["input_size"]
     if not model.pretrained_cfg.get("fixed_input_size"):
-        yield channels, *(-(-length // 64) * 32 for length in (height, width))
-    yield channels, height, width
+        half = [-(-length // 64) * 32 for length in made_for]
+        yield channels, *(min(length, 128) for length in half)
+        yield channels, *half
+    yield channels, *made_for
 
 
 def _forward_in_both_modes(model: nn.Module, x: torch.Tensor) -> None:
