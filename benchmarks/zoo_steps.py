@@ -290,9 +290,8 @@ def _same_state(before: Any, after: Any) -> None:
 def _close(expected: torch.Tensor, found: Any, what: str) -> None:
     if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
         raise Wrong(f"{what}: {getattr(found, 'shape', type(found))} instead of {expected.shape}")
-    if found.is_floating_point():
-        distance = float((found - expected).abs().max())
-        if not distance <= _TOLERANCE * max(float(expected.abs().max()), 1e-6):
-            raise Wrong(f"{what}: differs by {distance:.3g}")
-    elif not torch.equal(found, expected):
-        raise Wrong(f"{what}: differs")
+    if torch.equal(found, expected):
+        return
+    distance = float((found.double() - expected.double()).abs().max())
+    if not found.is_floating_point() or not distance <= _TOLERANCE * max(float(expected.abs().max()), 1e-6):
+        raise Wrong(f"{what}: differs by {distance:.3g}")
