@@ -107,6 +107,9 @@ class _Work:
         able = [node for node in self.graph if node.op == "module" and node.modes == "both" and node.users]
         able = [n for n in able if isinstance(n.output_shape, tuple) and str(n.output_dtype).startswith("float")]
         self.places = {step: able[int(len(able) * share)].address for step, share in PLACES.items()}
+        # A head needs features with a row for each input; inside some attention the batch is folded into others.
+        rows = [node.address for node in able[len(able) // 2 :] if node.output_shape[0] == len(self.x)]
+        self.features = rows[0] if rows else self.places["cut 1/2"]
         for training in (False, True):
             self._record(training)
 
@@ -198,12 +201,12 @@ class _Work:
         return found
 
     def cut_and_head(self) -> dict[str, Any]:
-        backbone = tt.cut(self.model, self.x, after=self.places["cut 1/2"])
+        backbone = tt.cut(self.model, self.x, after=self.features)
         net = tt.attach_head(backbone, self.x, num_classes=CLASSES)
         found = _with_classes(net, self.fresh)
         if found["output"] != [2, CLASSES]:
             raise Wrong(f"the output is {found['output']} instead of {[2, CLASSES]}")
-        return found
+        return {"after": self.features, **found}
 
 
 def listed(names: list[str]) -> str:
