@@ -390,3 +390,34 @@ def test_any_graph_cut_at_any_node(plan: list[tuple[int, int]], data: st.DataObj
             sources = plan[value - 1][:1] if value == number + 1 else plan[value - 1]
             stack += [source % value for source in sources]
     assert {int(key.split(".")[1]) for key in net.state_dict()} == needed
+
+
+class Exchange(nn.Module):
+    """Two branches that exchange; a block takes a list of both, and a memory that it may not need."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, xs: list[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
+            left, right = self.left(xs[0]), self.right(xs[1])
+            return [left + right, right * memory]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.memory = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.block, self.head = Exchange.Block(), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.block([self.a(x), self.b(x)], self.memory(x))
+        return self.head(left + right)
+
+
+def test_what_only_fed_dropped_parts_of_an_opened_module_is_dropped_too() -> None:
+    model, x = Exchange(), torch.randn(3, 4)
+    net = tt.cut(model, x, after="block.left")
+    assert torch.equal(net(x), model.block.left(model.a(x)))
+    assert sorted({key.rpartition(".")[0] for key in net.state_dict()}) == ["a", "block.left"]
+    both = tt.cut(model, x, after=["block.left", "block"])
+    assert hasattr(both, "memory")

@@ -176,7 +176,7 @@ class Wrapped(nn.Module):
 
 def same_in_every_variant(model: nn.Module, x: torch.Tensor) -> None:
     """The opened model equals the original, run by hand (not by the library's own check)."""
-    opened = open_all(tt.trace(model, x)._reader)
+    opened = open_all(tt.trace(model, x)._reader, model)
     for variant in variants(Inputs.of(x)):
         results = []
         for module in (copy.deepcopy(model), copy.deepcopy(opened)):
@@ -197,7 +197,7 @@ def test_silent_traps(inner: type[nn.Module]) -> None:
 
 
 def test_random_numbers_are_drawn_anew_by_an_opened_model() -> None:
-    opened = open_all(tt.trace(Noise(), torch.randn(2, 4))._reader)
+    opened = open_all(tt.trace(Noise(), torch.randn(2, 4))._reader, Noise())
     x = torch.zeros(2, 4)
     assert not torch.equal(opened(x), opened(x))
     assert list(opened.state_dict()) == []
@@ -238,7 +238,7 @@ def test_control_flow_on_the_batch_is_refused_and_on_the_size_is_guarded() -> No
         tt.trace(OnBatch(), torch.randn(2, 4))
     graph = tt.trace(OnSize(), torch.randn(2, 3, 32, 32))
     assert any("size 64x64: equal" in line for line in graph.checked)
-    opened = open_all(graph._reader)
+    opened = open_all(graph._reader, OnSize())
     assert opened(torch.zeros(5, 3, 8, 8)).shape == (5, 3, 8, 8)
     with pytest.raises(tt.GuardError, match=r"x\.shape\[-1\]"):
         opened(torch.zeros(5, 3, 8, 9))
@@ -266,7 +266,7 @@ def test_several_inputs_dicts_optional_arguments_and_dataclasses() -> None:
     inputs = (torch.randn(2, 4), {"x": torch.randn(2, 4)})
     graph = tt.trace(Several(), inputs)
     assert "eval, batch 1: equal" in graph.checked
-    opened = open_all(graph._reader)
+    opened = open_all(graph._reader, Several())
     assert isinstance(opened(*inputs), Answer)
     with pytest.raises(tt.GuardError, match="'scale' was fixed"):
         opened(*inputs, scale=3.0)

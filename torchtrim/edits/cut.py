@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from torchtrim.edits.history import Applied, Edit, count_params, record
 from torchtrim.edits.truncate import Tap, truncated
@@ -16,7 +17,9 @@ from torchtrim.graph.check import Mismatch, Side, compare
 from torchtrim.graph.copying import full_copy, unwrap
 from torchtrim.graph.guards import GUARDS
 from torchtrim.graph.inputs import ExampleInputs, Inputs
+from torchtrim.graph.opened import has_output_hooks
 from torchtrim.graph.reader import Reader, Site, addresses, ancestors, inputs_for
+from torchtrim.graph.reading import function_name
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def cut(
     edit = _edit(after)
     reader = _read(model, inputs, edit.after)
     taps = [_tap(model, reader, address) for address in edit.after]
-    notes = tuple(note for tap in taps for note in _notes(tap, reader))
+    notes = tuple(note for tap in taps for note in _notes(tap, reader, model))
 
     def build(clone: bool, whole: bool = False) -> nn.Module:
         return truncated(model, reader, taps, names=edit.names, single=edit.single, clone=clone, whole=whole)
@@ -106,6 +109,8 @@ def cut(
 def _edit(after: str | Sequence[str] | Mapping[str, str]) -> Cut:
     if isinstance(after, str):
         return Cut((after,))
+    if not isinstance(after, (Mapping, Sequence)):
+        raise EditError("a place to cut is given by its address", found=after, expected="a string, or several")
     if isinstance(after, Mapping):
         names: tuple[str, ...] | None = tuple(after.values())
         if len(set(names or ())) != len(after):
@@ -115,8 +120,8 @@ def _edit(after: str | Sequence[str] | Mapping[str, str]) -> Cut:
     addresses_ = tuple(after)
     if not addresses_:
         raise EditError("nothing to cut after", found=after, expected="a path, or several")
-    if not all(isinstance(address, str) for address in addresses_):
-        raise EditError("a place to cut is given by its path", found=after, expected="strings")
+    if not all(isinstance(address, str) for address in (*addresses_, *(names or ()))):
+        raise EditError("places and the names of outputs are strings", found=after, expected="strings")
     return Cut(addresses_, names, single=False)
 
 
@@ -135,16 +140,33 @@ def _read(model: nn.Module, inputs: Inputs, wanted: tuple[str, ...]) -> Reader:
             )
         for inner in [*ancestors(path), *([path] if colon else [])]:
             through |= {inner, first[id(modules[inner])]}
-    return Reader(model, inputs, wanted=lambda path, module: path in through, both_modes=True).read()
+
+    def enough(graph: fx.Graph) -> bool:
+        return all(_reaches(graph, _canonical(model, address)) for address in wanted)
+
+    # What comes after the cut need not be readable.
+    reader = Reader(model, inputs, wanted=lambda path, module: path in through, both_modes=True, enough=enough)
+    return reader.read()
+
+
+def _reaches(graph: fx.Graph, address: str) -> bool:
+    """Whether the graph of the model's own forward gets as far as an address."""
+    name, _, number = address.partition("#")
+    path, colon, function = name.partition(":")
+    if colon and not path:
+        count = sum(function_name(node.target) == function for node in graph.nodes)
+    else:
+        calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+        count = sum(path == target or path.startswith(f"{target}.") for target in calls)
+    return bool(count > (int(number) if number.isdigit() else 0))
 
 
 def _tap(model: nn.Module, reader: Reader, address: str) -> Tap:
     """Where an address lies in the graphs that were read."""
     found = addresses(reader.sites)
-    name, _, number = address.partition("#")
-    path, colon, function = name.partition(":")
-    canonical = _first_name(model, path) + colon + function
-    wanted = f"{canonical}#{number}" if number else canonical
+    path, colon, _ = address.partition("#")[0].partition(":")
+    wanted = _canonical(model, address)
+    canonical, _, number = wanted.partition("#")
     if wanted in found:
         return _described(reader, address, found[wanted])
     several = [each for each in found if each.partition("#")[0] == canonical]
@@ -179,6 +201,12 @@ def _tap(model: nn.Module, reader: Reader, address: str) -> Tap:
     )
 
 
+def _canonical(model: nn.Module, address: str) -> str:
+    """An address with the first of its module's names, where it has several."""
+    path, rest = re.fullmatch(r"([^:#]*)(.*)", address, re.DOTALL).groups()  # type: ignore[union-attr]
+    return _first_name(model, path) + rest
+
+
 def _first_name(model: nn.Module, path: str) -> str:
     target = model.get_submodule(path)
     return str(next(name for name, module in model.named_modules() if module is target))
@@ -191,7 +219,7 @@ def _described(reader: Reader, address: str, site: Site) -> Tap:
         )
     if site.op == "input":
         raise EditError("that is an input of the model: nothing leads to it", path=address)
-    if all(user.target in GUARDS for user in site.node.users):
+    if site.owner.eval.broken is None and all(user.target in GUARDS for user in site.node.users):
         raise EditError(
             "its output feeds nothing in the model: nothing depends on it",
             path=address,
@@ -200,22 +228,35 @@ def _described(reader: Reader, address: str, site: Site) -> Tap:
     return Tap(reader, site)
 
 
-def _notes(tap: Tap, reader: Reader) -> list[str]:
-    """What else used the value, where more than one call did."""
+def _notes(tap: Tap, reader: Reader, model: nn.Module) -> list[str]:
+    """What else used the value, where more than one call did; and the hooks that have nothing to look at any more."""
+    cut_through = [frame.path for frame in reader.frames[""]] + [step.name for step in tap.steps[:-1]]
+    hooks = [
+        f"hooks on the output of {path or 'the model'!r} were dropped: that output is no longer computed"
+        for path in cut_through
+        if has_output_hooks(model.get_submodule(path))
+    ]
     users = [
         str(other.name)
         for other in reader.sites
         if other.mode == "eval" and other.owner is tap.site.owner and tap.site.node in other.node.all_input_nodes
     ]
     if len(users) < 2:
-        return []
-    return [f"the value of {tap.site.name!r} fed {len(users)} calls: {', '.join(users)}"]
+        return hooks
+    return [*hooks, f"the value of {tap.site.name!r} fed {len(users)} calls: {', '.join(users)}"]
 
 
 def _reference(model: nn.Module, reader: Reader, taps: list[Tap], edit: Cut, inputs: Inputs, build: Any) -> Side:
     """How to get the same values from the original: hooks on modules; for functions, the whole opened model."""
     if all(tap.site.op == "module" for tap in taps):
         return Side(model, lambda module, given: _structured(edit, _captured(module, given, taps)))
+    broken = reader.frames[""][0].eval.broken
+    if broken is not None:
+        raise EditError(
+            f"the result could not be checked: the model's forward cannot be followed to its end: {broken}",
+            path=edit.after[0],
+            hint="cut after a module, or check=False",
+        )
     whole = build(clone=True, whole=True)
     try:
         compare(Side(model), Side(whole, lambda module, given: given.call(module)[0]), inputs)
@@ -224,8 +265,8 @@ def _reference(model: nn.Module, reader: Reader, taps: list[Tap], edit: Cut, inp
     return Side(whole, lambda module, given: given.call(module)[1])
 
 
-class _Captured(Exception):
-    """All values are there: the rest of the original need not run."""
+class _Captured(BaseException):
+    """All values are there: the rest of the original need not run. No user's `except Exception` may catch it."""
 
 
 def _captured(module: nn.Module, inputs: Inputs, taps: list[Tap]) -> list[Any]:

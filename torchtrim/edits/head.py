@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from torchtrim.edits.cut import Cut
-from torchtrim.edits.head_fit import input_shape, outputs_of, run_once, try_head
+from torchtrim.edits.head_fit import input_shape, outputs_in, run_once, try_head
 from torchtrim.edits.head_layers import LAYOUTS, POOLS, channel_dim, new_head, stack
 from torchtrim.edits.history import Applied, Edit, count_params, history, record
 from torchtrim.errors import EditError, HeadError
@@ -20,8 +20,9 @@ from torchtrim.graph.execution import run_fake
 from torchtrim.graph.head import head_sites
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.layout import feature_layout
-from torchtrim.graph.opened import opened
-from torchtrim.graph.reader import Reader, Site, ancestors, inputs_for
+from torchtrim.graph.opened import has_output_hooks, opened
+from torchtrim.graph.reader import Reader, Site, ancestors, has_rooms, inputs_for
+from torchtrim.graph.watch import Value
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ def attach_head(
     """Give a model a new head.
 
     A model that has a head keeps its class and its methods: the last layers with weights (found from the outputs, in
-    train mode too) are replaced where they are, and every `num_classes` around them is brought up to date, so timm's
-    `get_classifier` and torchvision's own forward work on. A model that was cut gets pooling and linear layers after
-    its output, under the path `head`; the width and the place of the channels are found from the model.
+    train mode too) are replaced where they are, and every `num_classes` or `num_labels` around them is brought up to
+    date, so timm's `get_classifier` and torchvision's own forward work on. A model that was cut gets pooling and linear
+    layers after its output, under the path `head`; the width and the place of the channels are found from the model.
 
     Args:
         model: Any `nn.Module`. It is left as it was.
@@ -83,7 +84,7 @@ def attach_head(
             head at every place, for dense prediction. A model with a head of its own keeps its own pooling.
         hidden: Widths of linear layers with ReLU before the last layer.
         dropout: Probability of dropout before the last layer.
-        layout: Where the channels are, if it cannot be told: one of `flat NLC NCL NCHW NHWC NCDHW NDHWC`.
+        layout: Where the channels are, if it cannot be told: one of `flat NLC LNC NCL NCHW NHWC NCDHW NDHWC`.
         replace: Replace the model's own head (`True`), or attach after its output (`False`). By default the own head is
             replaced, unless the last edit was a cut.
         copy: Copy the parameters, as for `cut`.
@@ -102,23 +103,36 @@ def attach_head(
     """
     model = unwrap(model)
     inputs = inputs_for(model, example_inputs)
-    hidden = tuple(hidden)
+    hidden = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
     _refuse(num_classes, head, pool, hidden, dropout, layout)
+    execution = run_fake(model, inputs)
+    features = execution.calls_of("")[0].outputs
     own = [] if replace is False or (replace is None and _was_cut(model)) else _own_heads(model, inputs)
     if replace and not own:
         raise HeadError("the model has no head of its own to replace", hint="replace=False")
+    before = count_params(model)
     if own:
         if pool not in ("avg", None):
             raise HeadError(
                 "the model pools before its own head", found=f"pool={pool!r}", hint="cut it first, or replace=False"
             )
-        edit, net = _in_place(model, own, inputs, num_classes, head, hidden, dropout, copy)
-        checked = _check_outputs(net, inputs, edit) if check else ("not checked",)
+        edit, new = _in_place(model, own, inputs, num_classes, head, hidden, dropout)
+        # Tried on a copy that shares the weights: where it fails, nothing has been changed.
+        candidate = _replaced(structural_copy(model), edit, new)
+        checked = _check_outputs(model, candidate, inputs, edit, execution.user_hooks) if check else _UNCHECKED
+        net = _replaced(full_copy(model) if copy else model, edit, new)
     else:
-        edit, net = _after(model, inputs, num_classes, head, pool, hidden, dropout, layout, copy)
-        checked = _check_features(model, net, inputs, edit.paths[0]) if check else ("not checked",)
-    record(model, net, inputs, Applied(edit, count_params(model), count_params(net), (), checked))
+        edit, made = _after(model, inputs, features, num_classes, head, pool, hidden, dropout, layout)
+        (name,) = edit.paths
+        checked = _UNCHECKED
+        if check:
+            checked = _check_features(model, _appended(structural_copy(model), inputs, name, made), inputs, name)
+        net = _appended(full_copy(model) if copy else model, inputs, name, made)
+    record(model, net, inputs, Applied(edit, before, count_params(net), (), checked))
     return net
+
+
+_UNCHECKED = ("not checked",)
 
 
 def _refuse(
@@ -139,12 +153,16 @@ def _refuse(
         raise HeadError("a head is a module, or a dict of them by path", found=type(head).__name__)
     if pool is not None and pool not in POOLS:
         raise HeadError("no such pooling", found=pool, expected=f"one of {', '.join(POOLS)}, or None")
-    if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in hidden):
+    if not all(_is_count(size) for size in hidden):
         raise HeadError("hidden widths are whole numbers above 0", found=hidden)
-    if not 0.0 <= dropout < 1.0:
+    if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
         raise HeadError("dropout is a probability", found=dropout, expected="0 <= dropout < 1")
     if layout is not None and layout not in LAYOUTS:
         raise HeadError("no such layout", found=layout, expected=f"one of {', '.join(LAYOUTS)}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _was_cut(model: nn.Module) -> bool:
@@ -154,8 +172,15 @@ def _was_cut(model: nn.Module) -> bool:
 
 
 def _own_heads(model: nn.Module, inputs: Inputs) -> list[Site]:
-    reader = Reader(model, inputs, wanted=lambda path, module: bool(module._modules)).read()
+    reader = Reader(model, inputs, wanted=has_rooms, lenient=[]).read()
     sites = head_sites(reader)
+    function = next((site for site in sites if site.op == "attribute"), None)
+    if function is not None:
+        raise HeadError(
+            "the model's last weights are used by a function, so there is no layer to replace",
+            path=function.name,
+            hint="cut the model before that function, or replace=False",
+        )
     # An identity that passes feature maps on is no place for a linear layer.
     empty = [site for site in sites if isinstance(site.target, nn.Identity)]
     return [] if any(len(input_shape(model, site.name, inputs)) != 2 for site in empty) else sites
@@ -169,44 +194,47 @@ def _in_place(
     head: nn.Module | Mapping[str, nn.Module] | None,
     hidden: tuple[int, ...],
     dropout: float,
-    copy: bool,
-) -> tuple[AttachHead, nn.Module]:
+) -> tuple[AttachHead, dict[str, nn.Module]]:
+    """The record, and the new layers by path."""
     paths = tuple(site.name for site in own)
     given = _given(head, paths)
-    replacements: dict[str, nn.Module] = {}
-    widths = {path: _width_in(model, path, inputs) for path in paths}
+    new: dict[str, nn.Module] = {}
     for path in paths:
         old = model.get_submodule(path)
         if given is not None:
-            replacements[path] = given[path]
-            try_head(given[path], input_shape(model, path, inputs), path)
+            new[path] = given[path]
+            output = try_head(given[path], input_shape(model, path, inputs), path)
+            num_classes = outputs_in(output)
         else:
-            replacements[path] = _like(old, widths[path], num_classes or 0, hidden, dropout)
-    net = full_copy(model) if copy else model
-    for path, new in replacements.items():
-        old = net.get_submodule(path)
-        reference = next(iter(old.parameters()), next(iter(net.parameters()), None))
-        if reference is not None and given is None:
-            new.to(device=reference.device, dtype=reference.dtype)
-        new.train(old.training)
-        count = num_classes if num_classes is not None else outputs_of(new, input_shape(model, path, inputs))
-        _tell_the_truth(net, path, _count_of(old), count)
-        for parent in net.modules():
-            for name, child in parent._modules.items():
-                if child is old:
-                    parent._modules[name] = new
+            new[path] = _like(old, _width_in(model, path, inputs), num_classes or 0, hidden, dropout)
+            reference = next(iter(old.parameters()), next(iter(model.parameters()), None))
+            if reference is not None:
+                new[path].to(device=reference.device, dtype=reference.dtype)
+        new[path].train(old.training)
     edit = AttachHead(
         num_classes,
         None,
         hidden,
         dropout,
         None,
-        widths[paths[0]],
+        _width_in(model, paths[0], inputs),
         paths,
-        tuple(type(model.get_submodule(path)).__name__ for path in paths) if copy else tuple("" for _ in paths),
+        tuple(type(model.get_submodule(path)).__name__ for path in paths),
         tuple(_type_name(module) for module in given.values()) if given is not None else (),
     )
-    return edit, net
+    return edit, new
+
+
+def _replaced(net: nn.Module, edit: AttachHead, new: dict[str, nn.Module]) -> nn.Module:
+    """The model, changed: its heads replaced wherever they are referred to, and the attributes that count them."""
+    for path, layer in new.items():
+        old = net.get_submodule(path)
+        _tell_the_truth(net, path, _count_of(old), edit.num_classes)
+        for parent in list(net.modules()):
+            for name, child in parent._modules.items():
+                if child is old:
+                    parent._modules[name] = layer
+    return net
 
 
 def _given(head: nn.Module | Mapping[str, nn.Module] | None, paths: tuple[str, ...]) -> dict[str, nn.Module] | None:
@@ -262,13 +290,20 @@ def _count_of(module: nn.Module) -> int:
 
 
 def _tell_the_truth(net: nn.Module, path: str, before: int, after: int | None) -> None:
-    """Bring every `num_classes` around a head up to date."""
+    """Bring every `num_classes` (and transformers' `num_labels`) around a head up to date."""
     if after is None:
         return
     for outer in ancestors(path):
         module = net.get_submodule(outer)
-        if module.__dict__.get("num_classes") == before:
-            module.__dict__["num_classes"] = after
+        for holder in (module, module.__dict__.get("config")):
+            for name in ("num_classes", "num_labels"):
+                if holder is not None and _plain_number(holder, name) == before:
+                    setattr(holder, name, after)
+
+
+def _plain_number(holder: Any, name: str) -> Any:
+    value = getattr(holder, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _type_name(module: nn.Module) -> str:
@@ -278,24 +313,28 @@ def _type_name(module: nn.Module) -> str:
 def _after(
     model: nn.Module,
     inputs: Inputs,
+    outputs: tuple[Value, ...],
     num_classes: int | None,
     head: nn.Module | Mapping[str, nn.Module] | None,
     pool: str | None,
     hidden: tuple[int, ...],
     dropout: float,
     layout: str | None,
-    copy: bool,
 ) -> tuple[AttachHead, nn.Module]:
-    outputs = run_fake(model, inputs).calls_of("")[0].outputs
+    """The record, and the new head."""
+    if has_output_hooks(model):
+        raise HeadError("hooks on the model's output would see the head's", hint="put them on a layer inside")
     shape = outputs[0].shape if outputs else ()
-    reader = Reader(model, inputs, wanted=lambda path, module: bool(module._modules)).read()
+    reader = Reader(model, inputs, wanted=has_rooms, lenient=[]).read()
     site = reader.outputs["eval"]
-    if len(outputs) != 1 or not isinstance(site, Site) or len(shape) < 2:
+    if len(outputs) != 1 or not isinstance(site, Site):
         raise HeadError(
             "a head goes behind one output",
             found=f"{len(outputs)} outputs: {', '.join(str(output) for output in outputs)}",
-            hint="cut after one place, without a list",
+            hint="cut after one tensor: tt.trace lists the addresses, such as ':getitem' for an item of a tuple",
         )
+    if len(shape) < 2:
+        raise HeadError("features have a batch and a width at least", found=shape, expected="2 to 5 dimensions")
     name = next(name for name in ("head", "new_head", "attached_head") if name not in model._modules)
     if isinstance(head, Mapping):
         raise HeadError("this model has no heads of its own, so one module is enough", found=sorted(head), hint="head=")
@@ -304,6 +343,8 @@ def _after(
     made: nn.Module
     if head is None:
         layout = layout or feature_layout(reader, site, shape)
+        if len(shape) != (2 if layout == "flat" else len(layout)):
+            raise HeadError("the features have not that layout", found=tuple(shape), expected=layout)
         width = int(shape[channel_dim(layout)])
         made = new_head(width, num_classes or 0, layout=layout, pool=pool, hidden=hidden, dropout=dropout)
         if reference is not None:
@@ -313,9 +354,8 @@ def _after(
         made = head
         try_head(made, tuple(shape), name)
     made.train(model.training)
-    net = _appended(full_copy(model) if copy else model, inputs, name, made)
     given = (_type_name(made),) if head is not None else ()
-    return AttachHead(num_classes, pool, hidden, dropout, layout, width, (name,), (), given), net
+    return AttachHead(num_classes, pool, hidden, dropout, layout, width, (name,), (), given), made
 
 
 def _appended(model: nn.Module, inputs: Inputs, name: str, head: nn.Module) -> nn.Module:
@@ -351,20 +391,39 @@ def _check_features(model: nn.Module, net: nn.Module, inputs: Inputs, name: str)
     return compare(Side(model), Side(net, features), inputs)
 
 
-def _check_outputs(net: nn.Module, inputs: Inputs, edit: AttachHead) -> tuple[str, ...]:
-    """The model runs in both modes, and each output has the width asked for."""
+def _check_outputs(
+    model: nn.Module, net: nn.Module, inputs: Inputs, edit: AttachHead, user_hooks: bool
+) -> tuple[str, ...]:
+    """The model runs in both modes, and its outputs are those of before but for the new width."""
     if is_meta(net):
         return ("not run: the model is on the meta device",)
-    done = []
+    widths = {_count_of(model.get_submodule(path)) or edit.in_features for path in edit.paths}
+    done, changed = [], False
     for training in (False, True):
-        twin = structural_copy(net, own_buffers=True)
         given = inputs.with_batch(max(inputs.batch, 2)) if training else inputs
         try:
-            outputs = flatten(run_once(twin, given, training))
+            before = _shapes(model, given, training, user_hooks)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            done.append(f"{'train' if training else 'eval'}: not checked, the original refuses it: {error}")
+            continue
+        try:
+            after = _shapes(net, given, training, user_hooks)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise HeadError(f"the model does not run with the new head: {error}", path=edit.paths[0]) from error
-        shapes = {name: tuple(v.shape) for name, v in outputs.items() if isinstance(v, torch.Tensor)}
-        if edit.num_classes is not None and not any(edit.num_classes in shape for shape in shapes.values()):
-            raise EditError("no output has the new width", found=shapes, expected=edit.num_classes)
-        done.append(f"{'train' if training else 'eval'}: runs, {', '.join(map(str, shapes.values()))}")
+        for name, shape in after.items():
+            old = before.get(name, ())
+            differ = [(was, now) for was, now in zip(old, shape, strict=False) if was != now]
+            changed = changed or bool(differ)
+            right = all(was in widths and now == edit.num_classes for was, now in differ)
+            if edit.num_classes is not None and (len(old) != len(shape) or not right):
+                raise EditError("an output has not the new width", path=name, found=shape, expected=edit.num_classes)
+        done.append(f"{'train' if training else 'eval'}: runs, {', '.join(map(str, after.values()))}")
+    if edit.num_classes is not None and not changed and widths != {edit.num_classes}:
+        raise EditError("no output has the new width", path=edit.paths[0], expected=edit.num_classes)
     return tuple(done)
+
+
+def _shapes(model: nn.Module, inputs: Inputs, training: bool, user_hooks: bool) -> dict[str, tuple[int, ...]]:
+    twin = structural_copy(model, own_buffers=True, user_hooks=user_hooks)
+    outputs = flatten(run_once(twin, inputs, training))
+    return {name: tuple(value.shape) for name, value in outputs.items() if isinstance(value, torch.Tensor)}

@@ -8,15 +8,17 @@ import torch
 from torch import nn
 
 from torchtrim.errors import HeadError
-from torchtrim.graph.copying import kept_modes, kept_random_state, structural_copy
+from torchtrim.graph.copying import has_function_hooks, kept_modes, kept_random_state, structural_copy
+from torchtrim.graph.execution import run_fake
 from torchtrim.graph.inputs import Inputs
 
 
 def input_shape(model: nn.Module, path: str, inputs: Inputs) -> tuple[int, ...]:
     """The shape of what a module gets (in train mode, where it is called there only)."""
     found: list[tuple[int, ...]] = []
+    user_hooks = has_function_hooks(model) and run_fake(model, inputs).user_hooks
     for training in (False, True):
-        twin = structural_copy(model, own_buffers=True)
+        twin = structural_copy(model, own_buffers=True, user_hooks=user_hooks)
         twin.get_submodule(path).register_forward_pre_hook(
             lambda _module, args: found.append(tuple(args[0].shape)) if args else None
         )
@@ -33,9 +35,8 @@ def run_once(module: nn.Module, inputs: Inputs, training: bool) -> Any:
         return inputs.fresh().call(module)
 
 
-def outputs_of(head: nn.Module, shape: tuple[int, ...]) -> int | None:
-    """How many outputs a head has on features of a shape; `None` where it does not return one tensor of them."""
-    output = try_head(head, shape, "head")
+def outputs_in(output: Any) -> int | None:
+    """How many classes a head's output has; `None` where it is not one tensor of them."""
     if not isinstance(output, torch.Tensor) or output.dim() < 2:
         return None
     return int(output.shape[-1] if output.dim() in (2, 3) else output.shape[1])

@@ -12,7 +12,7 @@ from torch import nn
 from torchtrim.errors import HeadError
 
 POOLS = ("avg", "max", "token", "attention")
-LAYOUTS = ("flat", "NLC", "NCL", "NCHW", "NHWC", "NCDHW", "NDHWC")
+LAYOUTS = ("flat", "NLC", "LNC", "NCL", "NCHW", "NHWC", "NCDHW", "NDHWC")
 
 
 class Pool(nn.Module):
@@ -73,6 +73,8 @@ class AttentionPool(nn.Module):
 
 def _tokens(x: torch.Tensor, layout: str) -> torch.Tensor:
     """Features as (N, places, C)."""
+    if layout == "LNC":
+        return x.transpose(0, 1)
     if layout.endswith("C"):
         return x.flatten(1, -2)
     return x.flatten(2).transpose(1, 2)
@@ -97,7 +99,7 @@ def new_head(
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if layout != "flat" and pool is not None:
-        if pool == "token" and layout not in ("NLC",):
+        if pool == "token" and layout not in ("NLC", "LNC"):
             raise HeadError("only a sequence of tokens has a class token", found=layout, hint="pool='avg'")
         layers["pool"] = AttentionPool(width, layout) if pool == "attention" else Pool(pool, layout)
         layout = "flat"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from torchtrim.edits.kept_nodes import Plan, plans_of
 from torchtrim.errors import EditError
-from torchtrim.graph.guards import GUARDS, expect_argument
 from torchtrim.graph.opened import has_output_hooks, opened
-from torchtrim.graph.reader import Frame, Reader, Site, pair_nodes
+from torchtrim.graph.reader import Frame, Reader, Site
+from torchtrim.graph.structure import map_leaves
 
 _OWN = ()  # the place of a module's own output among what it is to return
 
@@ -78,19 +79,7 @@ class _Truncation:
         source = self.model.get_submodule(frame.path)
         if len(set(steps)) == 1 and not own and result is None and type(source).forward is nn.Sequential.forward:
             return self._sequential(source, frame, steps[0])
-        inner: dict[fx.Node, list[tuple[Site, ...]]] = {}
-        for step in dict.fromkeys(steps):
-            if len(step) > 1:
-                inner.setdefault(step[0].node, []).append(step[1:])
-        direct = [step[0].node for step in steps if len(step) == 1]
-        plans = [_Plan(frame.eval.graph, frame.module, direct, inner, own)]
-        if frame.differs:
-            pairs = pair_nodes(frame)
-            there = {pairs[node]: value for node, value in inner.items() if node in pairs}
-            missing = next((step for step in steps if step[0].node not in pairs), None)
-            if missing is not None:
-                raise EditError("a value to cut after is not computed in train mode", path=missing[-1].name)
-            plans.append(_Plan(frame.train.graph, frame.module, [pairs[node] for node in direct], there, own, pairs))
+        plans = plans_of(frame, steps, own)
         children = self._children(plans, steps)
         graphs = [self._graph(plan, steps, own, result) for plan in plans]
         return opened(
@@ -114,14 +103,14 @@ class _Truncation:
             shell._modules[name] = self.module(inside, [step[1:]], own=False)
         return shell
 
-    def _children(self, plans: list[_Plan], steps: list[tuple[Site, ...]]) -> dict[str, nn.Module]:
+    def _children(self, plans: list[Plan], steps: list[tuple[Site, ...]]) -> dict[str, nn.Module]:
         """The children that the values go through, shortened; one that is called often must be cut alike each time."""
         deeper = {step[0]: str(step[0].node.target) for step in steps if len(step) > 1}
         for plan in plans:
             for node in plan.kept:
                 target = str(node.target)
                 if node.op == "call_module" and target in deeper.values():
-                    shape = {"/".join(site.node.name for site in step) for step in plan.inner.get(node, [])}
+                    shape = {"/".join(site.node.name for site in step[1:]) for step in plan.inner.get(node, [])}
                     plan.shapes.setdefault(target, []).append(shape)
                     plan.own_of[target] = plan.own_of.get(target, False) or node in plan.values
         children: dict[str, nn.Module] = {}
@@ -140,7 +129,7 @@ class _Truncation:
                 children[target] = self.module(site.inside, inner, own)
         return children
 
-    def _graph(self, plan: _Plan, steps: list[tuple[Site, ...]], own: bool, result: Any) -> fx.Graph:
+    def _graph(self, plan: Plan, steps: list[tuple[Site, ...]], own: bool, result: Any) -> fx.Graph:
         """The shortened graph of one mode."""
         graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
@@ -151,7 +140,8 @@ class _Truncation:
         for node in plan.graph.nodes:
             if node not in plan.kept or node.op == "output":
                 continue
-            twin = graph.node_copy(node, lambda other: copied[other])
+            args, kwargs = map_leaves(plan.arguments(node), fx.Node, copied.__getitem__)
+            twin = graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
             copied[node] = twin
             inner = [step for step in taken.get(node, []) if len(step) > 1]
             if inner:
@@ -165,7 +155,7 @@ class _Truncation:
             for step in taken.get(node, []):
                 if len(step) == 1:
                     used = self.clone and any(user in plan.kept for user in node.users)
-                    values[step] = graph.call_method("clone", (copied[node],)) if used else copied[node]
+                    values[step] = graph.call_function(cloned, (copied[node],)) if used else copied[node]
         if own:
             (output,) = [node for node in plan.graph.nodes if node.op == "output"]
             values[_OWN] = fx.node.map_arg(output.args[0], lambda other: copied[other])
@@ -177,130 +167,6 @@ class _Truncation:
         return graph
 
 
-class _Plan:
-    """Which nodes of one graph are kept.
-
-    Attributes:
-        kept: All that stay.
-        values: Those whose own value is used (a child that is only passed through on the way inwards is not).
-        shapes: For each child that values lie in, what is taken from it at each of its calls.
-        own_of: Whether such a child returns its own output too.
-    """
-
-    def __init__(
-        self,
-        graph: fx.Graph,
-        module: nn.Module,
-        direct: list[fx.Node],
-        inner: dict[fx.Node, list[tuple[Site, ...]]],
-        own: bool,
-        counterparts: dict[fx.Node, fx.Node] | None = None,
-    ) -> None:
-        self.shapes: dict[str, list[set[str]]] = {}
-        self.own_of: dict[str, bool] = {}
-        self.counterparts = counterparts
-        self.graph = graph
-        self.module = module
-        self.direct = direct
-        self.inner = inner
-        order = {node: index for index, node in enumerate(graph.nodes)}
-        (output,) = [node for node in graph.nodes if node.op == "output"]
-        roots = [*direct, *inner, *([output] if own else [])]
-        last = max(order[node] for node in roots)
-        self.kept: set[fx.Node] = set(inner)
-        self.values: set[fx.Node] = set()
-        for node in direct:
-            self._need(node)
-        for node in [*inner, *([output] if own else [])]:
-            self.kept.add(node)
-            for source in node.all_input_nodes:
-                self._need(source)
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                self.kept.add(node)
-        self._keep_effects(order, last)
-
-    def here(self, node: fx.Node) -> fx.Node:
-        """The node of this graph for one of the eval graph."""
-        return node if self.counterparts is None else self.counterparts[node]
-
-    def _need(self, node: fx.Node) -> None:
-        stack = [node]
-        while stack:
-            current = stack.pop()
-            if current in self.values:
-                continue
-            self.values.add(current)
-            self.kept.add(current)
-            stack += current.all_input_nodes
-
-    def _keep_effects(self, order: dict[fx.Node, int], last: int) -> None:
-        """Keep what has an effect on kept values: in-place operations, guards and assertions."""
-        changed = True
-        while changed:
-            changed = False
-            for node in self.graph.nodes:
-                if node in self.kept or order[node] > last:
-                    continue
-                sources = _through_functions(node)
-                if node.target is expect_argument:
-                    effect = True
-                elif node.target in GUARDS or getattr(node.target, "__name__", "") == "_assert":
-                    # a check of values that are all there anyway; not a reason to compute more
-                    effect = all(each in self.kept for each in sources if each.op == "call_module")
-                elif _writes(node, self.module):
-                    effect = any(each in self.values or each.op in ("placeholder", "get_attr") for each in sources)
-                else:
-                    effect = False
-                if effect:
-                    changed = True
-                    self.kept.add(node)
-                    for source in node.all_input_nodes:
-                        self._need(source)
-
-
-def _through_functions(node: fx.Node) -> set[fx.Node]:
-    """The values that a node's inputs may be, or be views of."""
-    found: set[fx.Node] = set()
-    stack = list(node.all_input_nodes)
-    while stack:
-        current = stack.pop()
-        if current not in found:
-            found.add(current)
-            if current.op in ("call_function", "call_method"):
-                stack += current.all_input_nodes
-    return found
-
-
-def _writes(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a call writes to one of its arguments."""
-    if node.op == "call_module":
-        return getattr(module.get_submodule(str(node.target)), "inplace", False) is True
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op != "call_function":
-        return False
-    if node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None:
-        return True
-    name = getattr(node.target, "__name__", "")
-    if node.target is operator.setitem or (name.endswith("_") and not name.startswith("_")):
-        return True
-    if name in _IN_PLACE_OPERATORS and getattr(operator, name) is node.target:
-        return True
-    return any(argument is True for argument in node.args) and _inplace_argument(node)
-
-
-# iadd beside add, iand beside and_: not invert, index and the like
-_IN_PLACE_OPERATORS = {
-    name
-    for name in dir(operator)
-    if name.startswith("i") and any(hasattr(operator, plain) for plain in (name[1:], f"{name[1:]}_"))
-}
-
-
-def _inplace_argument(node: fx.Node) -> bool:
-    try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return False  # a builtin without a signature takes no `inplace`
-    return bound.arguments.get("inplace") is True
+def cloned(value: Any) -> Any:
+    """A copy of every tensor in a value."""
+    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, value)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from torchtrim.errors import CheckFailed, GuardError, InputError
-from torchtrim.graph.copying import is_meta, kept_random_state, structural_copy
+from torchtrim.graph.copying import has_function_hooks, is_meta, kept_random_state, structural_copy
 from torchtrim.graph.execution import run_fake
 from torchtrim.graph.inputs import Inputs
 
@@ -22,10 +22,14 @@ _SIZE_STEP = 32
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: how to call it, and the module whose modes and buffers are looked at."""
+    """One of the two: how to call it, and the module whose modes and buffers are looked at.
+
+    Hooks that are plain functions are the user's, and are not run, unless `user_hooks` says that they must be.
+    """
 
     module: nn.Module
     call: Callable[[nn.Module, Inputs], Any] = lambda module, inputs: inputs.call(module)
+    user_hooks: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,12 @@ def variants(inputs: Inputs) -> list[Variant]:
     return found
 
 
-def compare(reference: Side, candidate: Side, inputs: Inputs) -> tuple[str, ...]:
+def compare(reference: Side, candidate: Side, inputs: Inputs, *, gradients: bool = True) -> tuple[str, ...]:
     """Run both in every variant; returns what was checked and what could not be, in words.
 
-    Neither module is changed: copies are run that share their parameters and own their buffers.
-    Time: four forwards of each.
+    Outputs and buffers are compared, in train mode the gradients of the parameters too. Neither module is changed:
+    copies are run that share their parameters and own their buffers. Time: four forwards and a backward of each
+    (no backward without `gradients`).
 
     Raises:
         InputError: The reference refuses the example inputs.
@@ -74,9 +79,13 @@ def compare(reference: Side, candidate: Side, inputs: Inputs) -> tuple[str, ...]
     done: list[str] = []
     for position, variant in enumerate(variants(inputs)):
         try:
-            expected, expected_buffers = run(reference, variant)
+            expected = run(reference, variant, gradients=None if gradients else False)
         except Exception as error:
             if position == 0:
+                if not reference.user_hooks and has_function_hooks(reference.module):
+                    # One of them may change a shape: then nothing runs without it.
+                    sides = replace(reference, user_hooks=True), replace(candidate, user_hooks=True)
+                    return compare(*sides, inputs, gradients=gradients)
                 run_fake(reference.module, inputs)  # says which layer refuses them
                 raise InputError(
                     f"the model does not run on the example inputs: {error}", found=inputs.describe()
@@ -84,7 +93,7 @@ def compare(reference: Side, candidate: Side, inputs: Inputs) -> tuple[str, ...]
             done.append(f"{variant.name}: not checked, the original refuses it")
             continue
         try:
-            found, found_buffers = run(candidate, variant)
+            found = run(candidate, variant, gradients=expected.gradients is not None)
         except GuardError as error:
             if "size" not in variant.name:
                 raise _mismatch(variant, str(error)) from error
@@ -92,24 +101,84 @@ def compare(reference: Side, candidate: Side, inputs: Inputs) -> tuple[str, ...]
             continue
         except Exception as error:
             raise _mismatch(variant, f"it raises {type(error).__name__}: {error}") from error
-        difference = differs(expected, found)
+        difference = _difference(expected, found)
         if difference is not None:
             raise _mismatch(variant, difference)
-        for name, buffer in found_buffers.items():
-            if name in expected_buffers and differs(expected_buffers[name], buffer) is not None:
-                raise _mismatch(variant, f"buffer {name!r} ends with other values")
-        done.append(f"{variant.name}: equal")
+        unclear = ", where it is a number" if _holds_nan(expected.outputs) else ""
+        done.append(f"{variant.name}: equal{unclear}")
     return tuple(done)
 
 
-def run(side: Side, variant: Variant) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The outputs and the buffers afterwards, of a copy, with random numbers that depend on the place alone."""
-    module = structural_copy(side.module, own_buffers=True)
+def _holds_nan(outputs: Any) -> bool:
+    tensors = [value for value in flatten(outputs).values() if isinstance(value, torch.Tensor)]
+    return any(bool(tensor.isnan().any()) for tensor in tensors if tensor.is_floating_point() and not tensor.is_nested)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave, and what it left in the buffers; the parameters' gradients where they were asked for."""
+
+    outputs: Any
+    buffers: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor | None] | None
+
+
+def _difference(expected: Outcome, found: Outcome) -> str | None:
+    difference = differs(expected.outputs, found.outputs)
+    if difference is not None:
+        return difference
+    for name, buffer in found.buffers.items():
+        if name in expected.buffers and differs(expected.buffers[name], buffer) is not None:
+            return f"buffer {name!r} ends with other values"
+    for name, gradient in (found.gradients or {}).items():
+        right = (expected.gradients or {}).get(name)
+        if (right is None) != (gradient is None):
+            return f"parameter {name!r} gets {'a' if right is None else 'no'} gradient"
+        if right is not None and gradient is not None and differs(right, gradient) is not None:
+            return f"parameter {name!r} gets another gradient"
+    return None
+
+
+def run(side: Side, variant: Variant, gradients: bool | None = None) -> Outcome:
+    """Run a copy, with random numbers that depend on the place alone.
+
+    Args:
+        side: What to run.
+        variant: The mode and the inputs.
+        gradients: Whether to run backward; by default in train mode, where the model can.
+    """
+    if gradients is None:
+        try:
+            return run(side, variant, gradients=variant.training)
+        except RuntimeError:
+            if not variant.training:
+                raise
+            return run(side, variant, gradients=False)  # a model that is not made for a backward
+    module = structural_copy(side.module, own_buffers=True, user_hooks=side.user_hooks)
     module.train(variant.training)
-    with kept_random_state(), torch.no_grad(), _seeded(module):
+    with kept_random_state(), torch.set_grad_enabled(gradients), _seeded(module):
         _seed(0)
         outputs = side.call(module, variant.inputs.fresh())
-    return outputs, dict(module.named_buffers())
+        found = _gradients(module, outputs) if gradients else None
+    return Outcome(outputs, dict(module.named_buffers()), found)
+
+
+def _gradients(module: nn.Module, outputs: Any) -> dict[str, torch.Tensor | None]:
+    """The gradients of one number that depends on all of the outputs; nothing is added to any `.grad`."""
+    results = [value for value in flatten(outputs).values() if isinstance(value, torch.Tensor) and value.requires_grad]
+    # A hook on a parameter is the user's, and would run.
+    parameters = {
+        name: held for name, held in module.named_parameters() if held.requires_grad and not held._backward_hooks
+    }
+    if not results or not parameters:
+        return dict.fromkeys(parameters)
+    weights = [torch.arange(value.numel(), device=value.device).cos().reshape(value.shape) for value in results]
+    total = torch.stack([(value * weight).sum().abs() for value, weight in zip(results, weights, strict=True)]).sum()
+    found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return {
+        name: gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+        for name, gradient in zip(parameters, found, strict=True)
+    }
 
 
 @contextmanager
@@ -150,6 +219,9 @@ def differs(expected: Any, found: Any) -> str | None:
         if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
             if type(one) is not type(other) or one != other:
                 return f"output {name} is {other!r} instead of {one!r}"
+        elif one.is_nested or other.is_nested:
+            if one.is_nested != other.is_nested or differs(list(one.unbind()), list(other.unbind())):
+                return f"output {name}, a nested tensor, differs"
         elif one.shape != other.shape or one.dtype != other.dtype:
             return f"output {name} is {other.dtype}{list(other.shape)} instead of {one.dtype}{list(one.shape)}"
         elif not _close(one, other):
@@ -243,7 +315,7 @@ def _nearest_suspect(path: str, suspects: set[str]) -> str:
 
 def _watched(module: nn.Module, variant: Variant) -> list[tuple[tuple[str, int], Any]]:
     """A digest of each module call's outputs in the order of return."""
-    twin = structural_copy(module, own_buffers=True)
+    twin = structural_copy(module, own_buffers=True, user_hooks=False)
     twin.train(variant.training)
     exits: list[tuple[tuple[str, int], Any]] = []
     counts: dict[str, int] = {}

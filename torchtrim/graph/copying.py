@@ -52,10 +52,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def structural_copy(model: nn.Module, *, own_buffers: bool = False) -> nn.Module:
+def structural_copy(model: nn.Module, *, own_buffers: bool = False, user_hooks: bool = True) -> nn.Module:
     """A copy of the modules that shares the parameters (and, unless `own_buffers`, the buffers): cheap at any size.
 
     Tracing and checking run on such a copy, because a forward may keep state in Python attributes.
+
+    Args:
+        model: The model.
+        own_buffers: Copy the buffers too.
+        user_hooks: Keep forward hooks that are plain functions. A copy that is run does without: what they write to is
+            the user's. Hooks with state of their own (weight norm) are copied with it.
 
     Raises:
         ModelError: The model holds something that cannot be copied.
@@ -69,7 +75,25 @@ def structural_copy(model: nn.Module, *, own_buffers: bool = False) -> nn.Module
         twin: nn.Module = _copy_module(model, memo)
     except (TypeError, RuntimeError, copy.Error) as error:
         raise _uncopyable(model, error) from error
+    for module in () if user_hooks else twin.modules():
+        for hooks in _hooks(module):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, FunctionType)]:
+                del hooks[key]
     return twin
+
+
+def has_function_hooks(model: nn.Module) -> bool:
+    """Whether there are hooks that are plain functions, which copies made to be run go without."""
+    return any(
+        isinstance(hook, FunctionType)
+        for module in model.modules()
+        for hooks in _hooks(module)
+        for hook in hooks.values()
+    )
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
 
 
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type, FunctionType}
@@ -87,6 +111,8 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> Any:
     memo[id(module)] = twin
     attributes = twin.__dict__
     for name, value in module.__dict__.items():
+        if name == "_compiled_call_impl":
+            continue  # of `module.compile()`: a copy runs as it was written
         if type(value) in _PLAIN:
             attributes[name] = value
         elif name == "_modules":
@@ -126,6 +152,12 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, copy.Error) as error:
         raise _uncopyable(model, error) from error
+
+
+def _uncopyable(model: nn.Module, error: Exception) -> ModelError:
+    return ModelError(
+        f"the model cannot be copied: {error}", found=type(model).__name__, hint="take out what cannot be copied"
+    )
 
 
 def _computed(value: Any) -> dict[int, Any]:

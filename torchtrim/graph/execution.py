@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from torchtrim.errors import InputError, ModelError, TorchTrimError
-from torchtrim.graph.copying import is_meta, kept_random_state, structural_copy, unwrap
+from torchtrim.graph.copying import has_function_hooks, is_meta, kept_random_state, structural_copy, unwrap
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.watch import Call, Value, Watch, dtype_name, values_of
 
@@ -31,6 +31,7 @@ class Execution:
         first_use: When each parameter was first read, by its first name; unread parameters are absent.
         macs: MACs spent within the calls of each path, at batch 1.
         own_macs: MACs spent by the path itself, outside the modules it calls, at batch 1.
+        user_hooks: Whether hooks that are plain functions had to be run: without them the model refuses its inputs.
         ran: `"fake"` where only shapes were computed; `"real"` where the model had to be run, since its forward
             depends on values.
     """
@@ -41,6 +42,7 @@ class Execution:
     macs: dict[str, int]
     own_macs: dict[str, int]
     ran: str
+    user_hooks: bool = False
 
     def calls_of(self, path: str) -> list[Call]:
         """The calls of one path, in order."""
@@ -71,7 +73,7 @@ def run_fake(model: nn.Module, inputs: Inputs, *, train: bool = False) -> Execut
         12
     """
     model = unwrap(model)
-    _refuse_lazy(model)
+    refuse_lazy(model)
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
     if device is not None:
         inputs = inputs.map(lambda tensor: tensor.to(device))
@@ -114,7 +116,7 @@ def module_ticks(model: nn.Module, execution: Execution) -> dict[str, int]:
 
 
 def known_inputs(model: nn.Module) -> Inputs | None:
-    """Example inputs made from what the model's history recorded of them; `None` where it recorded nothing.
+    """Example inputs, on the CPU, made from what the model's history recorded of them; `None` where it recorded none.
 
     Example:
         >>> known_inputs(nn.Linear(2, 2)) is None
@@ -180,7 +182,8 @@ def inputs_from_spec(spec: dict[str, Any]) -> Inputs:
         raise InputError("not a record of example inputs", found=spec, expected="args and kwargs") from error
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise `ModelError` for a model with parameters that get their shape at the first forward."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise ModelError(
@@ -201,21 +204,23 @@ def _batch_of(inputs: Inputs) -> int:
 
 
 def _run(model: nn.Module, inputs: Inputs, train: bool) -> Execution:
-    try:
-        return _run_once(model, inputs, train, real=False)
-    except InputError:
-        if is_meta(model):
-            raise
+    # Users' own hooks see nothing of this run, unless the model does not run without them.
+    ways = [(False, False)] + ([(False, True)] if has_function_hooks(model) else [])
     # Wrong inputs, or a forward that needs values: the real run tells which, and its message is the one users know.
-    return _run_once(model, inputs, train, real=True)
+    ways += [] if is_meta(model) else [(True, user_hooks) for _, user_hooks in ways]
+    for real, user_hooks in ways[:-1]:
+        with suppress(InputError):
+            return _run_once(model, inputs, train, real=real, user_hooks=user_hooks)
+    real, user_hooks = ways[-1]
+    return _run_once(model, inputs, train, real=real, user_hooks=user_hooks)
 
 
-def _run_once(model: nn.Module, inputs: Inputs, train: bool, *, real: bool) -> Execution:
+def _run_once(model: nn.Module, inputs: Inputs, train: bool, *, real: bool, user_hooks: bool) -> Execution:
     with ExitStack() as stack:
         stack.enter_context(kept_random_state())
         stack.enter_context(torch.no_grad())
         stack.enter_context(_no_fused_attention())
-        twin = structural_copy(model, own_buffers=real)
+        twin = structural_copy(model, own_buffers=real, user_hooks=user_hooks)
         if real:
             given = inputs.fresh()
         else:
@@ -234,7 +239,7 @@ def _run_once(model: nn.Module, inputs: Inputs, train: bool, *, real: bool) -> E
     calls = tuple(sorted(watch.calls, key=lambda call: call.start))
     macs, own_macs = dict(watch.macs), dict(watch.own_macs)
     values = values_of((inputs.args, inputs.kwargs))
-    return Execution(values, calls, watch.first_use, macs, own_macs, "real" if real else "fake")
+    return Execution(values, calls, watch.first_use, macs, own_macs, "real" if real else "fake", user_hooks)
 
 
 @contextmanager

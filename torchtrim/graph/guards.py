@@ -56,4 +56,35 @@ def expect_argument(value: Any, expected: Any, where: str, name: str) -> None:
         )
 
 
-GUARDS = (expect, expect_argument)
+def structure(value: Any) -> Any:
+    """How an argument is built: the keys of dicts and the lengths of lists, all the way down.
+
+    Example:
+        >>> structure({"a": [1, 2]})
+        ('dict', ('a', ('list', None, None)))
+    """
+    if isinstance(value, dict):
+        return ("dict", *((key, structure(value[key])) for key in sorted(value, key=str)))
+    if isinstance(value, (tuple, list)):
+        return ("list", *(structure(item) for item in value))
+    return None
+
+
+def expect_structure(value: Any, expected: Any, name: str) -> None:
+    """Raise unless an argument has the keys and lengths that it had when the model was read.
+
+    Raises:
+        GuardError: It has others.
+    """
+    found = structure(value)
+    if found != expected:
+        raise GuardError(
+            f"argument {name!r} is built otherwise than when the model was read",
+            path="the model",
+            found=found,
+            expected=expected,
+            hint="edit the original again with an example input of this form",
+        )
+
+
+GUARDS = (expect, expect_argument, expect_structure)

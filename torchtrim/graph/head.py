@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from torchtrim.graph.reader import Reader, Site
+from torchtrim.graph.reading import function_name
 from torchtrim.graph.structure import leaves
 
 # What these return is no tensor that a head could have computed, only a fact about one.
@@ -18,7 +19,8 @@ def head_sites(reader: Reader) -> list[Site]:
 
     On the way back from an output, everything without parameters is passed: pooling, reshapes, activations, dropout,
     the mean of two heads. The first module with a weight matrix (or kernel) is a head; a normalisation ends the way
-    without one, as does a block that could not be looked into. Where a head was taken out and an `nn.Identity` left in
+    without one, as does a block that could not be looked into. A function that takes a weight matrix ends it too: then
+    the site of that parameter is returned. Where a head was taken out and an `nn.Identity` left in
     its place (`model.fc = nn.Identity()`), that is the head.
     """
     found: dict[str, Site] = {}
@@ -45,6 +47,8 @@ def _last_layers(output: Site) -> list[Site]:
                 found.setdefault(head)
         elif site.op == "input" and slot.site is not None:
             found.setdefault(slot.site)
+        elif function_name(site.target) != "embedding" and any(_is_weights(source) for source in site.inputs):
+            found.setdefault(slot.site or next(source for source in site.inputs if _is_weights(source)))
         elif not _is_fact(site):
             stack += [(source, slot.before(site)) for source in reversed(site.inputs)]
     return list(found)
@@ -77,6 +81,11 @@ def _is_fact(site: Site) -> bool:
     if site.target is getattr:
         return len(site.args) > 1 and site.args[1] in _FACTS
     return site.op == "method" and site.target in _FACTS
+
+
+def _is_weights(site: Site) -> bool:
+    """Whether a site is a parameter that a function could multiply by, as in `F.linear(x, self.embedding.weight)`."""
+    return site.op == "attribute" and isinstance(site.target, nn.Parameter) and site.target.dim() >= 2
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -24,6 +24,13 @@ def feature_layout(reader: Reader, output: Site, shape: tuple[int, ...]) -> str:
     """
     if len(shape) == 2:
         return "flat"
+    sequence_first = any(getattr(module, "batch_first", True) is False for module in reader.root.modules())
+    if len(shape) == 3 and sequence_first and reader.inputs.tensors[0].shape[:2] == shape[:2]:
+        raise HeadError(
+            "it cannot be told which dimension of the features is the batch: a layer in the model takes it second",
+            found=tuple(shape),
+            hint="layout='LNC' or layout='NLC'",
+        )
     if len(shape) not in _BY_DIMS:
         raise HeadError("features of this shape have no known layout", found=shape, expected="2 to 5 dimensions")
     first, last = _BY_DIMS[len(shape)]

@@ -41,16 +41,23 @@ class OpenedModule(fx.GraphModule):
     """
 
     train_graph: fx.Graph | None = None
+    _name: str = ""
 
     def __init__(self, name: str, graph: fx.Graph, train_graph: fx.Graph | None = None) -> None:
         super().__init__(nn.Module(), fx.Graph(), name)
         self.__dict__["train_graph"] = train_graph
+        self.__dict__["_name"] = name
         self.graph = graph
+
+    def _get_name(self) -> str:
+        return self._name
 
     def recompile(self) -> Any:
         """Compile the forward from the graphs."""
         if self.train_graph is None:
-            return super().recompile()
+            code = super().recompile()
+            _call_plainly(type(self))
+            return code
         in_eval_graph = self._graph
         try:
             self._graph = self.train_graph
@@ -66,6 +73,7 @@ class OpenedModule(fx.GraphModule):
             return (in_train if self.training else in_eval)(self, *args, **kwargs)
 
         type(self).forward = forward
+        _call_plainly(type(self))
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OpenedModule:
@@ -77,9 +85,23 @@ class OpenedModule(fx.GraphModule):
         twin.graph = copy.deepcopy(self._graph, memo)
         return twin
 
+    def __copy__(self) -> OpenedModule:
+        twin = type(self).__new__(type(self))
+        for name, value in self.__dict__.items():
+            if name != "_graph":
+                twin.__dict__[name] = copy.copy(value) if name in ("_parameters", "_buffers", "_modules") else value
+        twin.graph = copy.deepcopy(self._graph)
+        return twin
+
     def __reduce__(self) -> Any:
         # The graphs point back at this module, so they travel in the state and not in the constructor's arguments.
-        return (_empty, (type(self).__name__,), dict(self.__dict__), None, None, _restore)
+        return (_empty, (self._name,), dict(self.__dict__), None, None, _restore)
+
+
+def _call_plainly(kind: type) -> None:
+    """Without fx's own `__call__`, which prints the generated code to stderr when something in it raises."""
+    if "__call__" in kind.__dict__:
+        del kind.__call__
 
 
 def _empty(name: str) -> OpenedModule:
@@ -131,7 +153,9 @@ def opened(
 
 def keep(source: nn.Module, target: nn.Module, used: set[str], replacements: Mapping[str, nn.Module]) -> None:
     """Give `target` the members of `source` that are used: containers keep their class, aliases their names."""
-    wanted = {id(member) for path in used if path not in replacements for member in [_member(source, path)]}
+    wanted = {id(_member(source, path)) for path in used if path not in replacements}
+    if source._forward_pre_hooks:  # such a hook may compute a weight from others (weight_norm): they stay
+        wanted |= {id(held) for held in (*source._parameters.values(), *source._buffers.values()) if held is not None}
     _keep_in(source, target, "", wanted, used, replacements)
     for path, replacement in replacements.items():
         parent, _, name = path.rpartition(".")
@@ -167,8 +191,8 @@ def _keep_in(
         elif id(child) in wanted:
             children[name] = child
         else:
-            shell = copy.copy(child) if not isinstance(child, fx.GraphModule) else nn.Module()
-            shell.__dict__.update({key: copy.copy(value) for key, value in child.__dict__.items() if key in _HOOKS})
+            shell = nn.Module() if isinstance(child, fx.GraphModule) else object.__new__(type(child))
+            shell.__dict__.update(child.__dict__)
             if _keep_in(child, shell, f"{path}.", wanted, used, replacements):
                 children[name] = shell
     return bool(children or members["_parameters"] or members["_buffers"]) or any(

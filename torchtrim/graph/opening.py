@@ -9,33 +9,25 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import operator
-from collections import OrderedDict
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.node import base_types
-from torch.fx.proxy import Attribute
 
 from torchtrim.errors import TraceError
-from torchtrim.graph.guards import concrete, expect, expect_argument
-from torchtrim.graph.reading import Evaluation, Reading, Value
+from torchtrim.graph.guards import concrete, expect, expect_argument, expect_structure, structure
+from torchtrim.graph.interception import intercepted, isinstance_of_proxies
+from torchtrim.graph.leftovers import forget_proxies, kept_state, python_random
+from torchtrim.graph.proxies import ReadingProxy, expression
+from torchtrim.graph.reading import RESERVED, Evaluation, Reading, Value
 from torchtrim.graph.structure import leaves, map_leaves
-
-# Called during a forward these make a tensor from nothing. They are recorded as calls: a random tensor must be drawn at
-# each forward, and a constant must follow the model to its device without becoming a new state_dict key.
-# fmt: off
-_FACTORIES = [
-    "arange", "as_tensor", "bernoulli", "empty", "empty_like", "eye", "from_numpy", "full", "full_like",
-    "hann_window", "linspace", "logspace", "meshgrid", "multinomial", "normal", "ones", "ones_like", "rand",
-    "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm", "tensor", "tril_indices",
-    "triu_indices", "zeros", "zeros_like",
-]
-# fmt: on
 
 
 def read_forward(
@@ -46,7 +38,8 @@ def read_forward(
     wanted: Callable[[str, nn.Module], bool],
     closed: dict[str, str],
     evaluation: Evaluation,
-    training: bool,
+    enough: Callable[[fx.Graph], bool] | None = None,
+    lenient: list[str] | None = None,
 ) -> Reading:
     """Read a model's forward, called with `args` and `kwargs` (in which a `Value` stands for each tensor).
 
@@ -55,8 +48,10 @@ def read_forward(
     Args:
         wanted: Which children to open, by path and module.
         closed: Children that stay closed, with the reason; those that turn out to be unreadable are added.
-        evaluation: The fake run to ask.
-        training: The mode to read in.
+        evaluation: The fake run to ask; its mode is the one that is read.
+        enough: Whether the graph of the model's own forward will do as far as it could be followed.
+        lenient: What the graph of the model's own forward cannot hold goes here, instead of being refused: for those
+            who only look at it.
 
     Raises:
         TraceError: With the reason that the model's own forward cannot be read.
@@ -64,11 +59,15 @@ def read_forward(
     modules = dict(model.named_modules())
     modes = [module.training for module in modules.values()]
     for module in modules.values():
-        module.__dict__["training"] = training
+        module.__dict__["training"] = evaluation.training
+    drawn = python_random()
     try:
-        reading = _Tracer((args, kwargs), wanted, closed, evaluation).read(model)
+        reading = _Tracer((args, kwargs), wanted, closed, evaluation, lenient).read(model, enough)
+        if python_random() != drawn:  # some forward drew: read again, and look at each
+            tracer = _Tracer((args, kwargs), wanted, closed, evaluation, lenient, watch_random=True)
+            reading = tracer.read(model, enough)
     finally:
-        written = [path for path, module in modules.items() if _forget_proxies(module)]
+        written = [path for path, module in modules.items() if forget_proxies(module)]
         for module, mode in zip(modules.values(), modes, strict=True):
             module.__dict__["training"] = mode
     for path in written:
@@ -85,8 +84,11 @@ def _readable(path: str | None = None) -> Iterator[None]:
     """Whatever the user's forward raises while it is traced says that it cannot be read."""
     try:
         yield
-    except TraceError:
-        raise
+    except TraceError as error:
+        if path is None or error.path is not None:
+            raise
+        hint = "work on a module inside it, such as tt.cut(model.encoder, ...), or cut before that place"
+        raise TraceError(error.message, path=path, hint=hint) from error
     except Exception as error:
         raise TraceError(f"its forward cannot be followed: {_one_line(error)}", path=path) from error
 
@@ -94,72 +96,6 @@ def _readable(path: str | None = None) -> Iterator[None]:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
-
-
-def _forget_proxies(module: nn.Module) -> bool:
-    """Take out what a traced forward left in a module's attributes; returns whether there was anything."""
-    held = [name for name, value in module.__dict__.items() if _holds_proxy(value)]
-    for name in held:
-        value = module.__dict__[name]
-        if isinstance(value, dict):
-            for key in [key for key, item in value.items() if isinstance(item, fx.Proxy)]:
-                del value[key]
-        elif isinstance(value, list):
-            value[:] = [item for item in value if not isinstance(item, fx.Proxy)]
-        else:
-            del module.__dict__[name]
-    return bool(held)
-
-
-def _kept_state(module: nn.Module, before: dict[str, Any]) -> str | None:
-    """The attribute in which a forward kept something, if it did."""
-    for name, value in module.__dict__.items():
-        if before.get(name, module) is not value or _holds_proxy(value):
-            return name
-    return None
-
-
-def _holds_proxy(value: Any) -> bool:
-    kind = type(value)
-    if kind is dict or kind is OrderedDict or kind is list:
-        return bool(value) and any(isinstance(item, fx.Proxy) for item in (value if kind is list else value.values()))
-    return isinstance(value, fx.Proxy)
-
-
-class _Proxy(fx.Proxy):
-    """A proxy that can say what Python must know: its truth, its number, its length."""
-
-    tracer: _Tracer
-
-    def __getattr__(self, name: str) -> _Attribute:
-        return _Attribute(self, name)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-    def __len__(self) -> int:
-        return int(self.tracer.concretise(self, "len"))
-
-    def __index__(self) -> int:
-        return int(self.tracer.concretise(self, "int"))
-
-    def __int__(self) -> int:
-        return int(self.tracer.concretise(self, "int"))
-
-    def __float__(self) -> float:
-        return float(self.tracer.concretise(self, "float"))
-
-    def items(self) -> Any:
-        """Pairs of a dict's keys and proxies of its values."""
-        return [(key, operator.getitem(self, key)) for key in self.keys()]
-
-    def values(self) -> Any:
-        """Proxies of a dict's values."""
-        return [operator.getitem(self, key) for key in self.keys()]
-
-
-class _Attribute(Attribute, _Proxy):
-    pass
 
 
 class _Tracer(fx.Tracer):
@@ -173,20 +109,32 @@ class _Tracer(fx.Tracer):
         wanted: Callable[[str, nn.Module], bool],
         closed: dict[str, str],
         evaluation: Evaluation,
+        lenient: list[str] | None = None,
+        watch_random: bool = False,
     ) -> None:
         super().__init__(autowrap_modules=(math,))
+        self.lenient = lenient
+        self.watch_random = watch_random
         self.call = call
         self.wanted = wanted
         self.closed = closed
         self.evaluation = evaluation
         self.reading: Reading
+        self.unfaithful: str | None = "it was not read"
 
-    def read(self, model: nn.Module) -> Reading:
+    def read(self, model: nn.Module, enough: Callable[[fx.Graph], bool] | None) -> Reading:
         """Read the model."""
         if "forward" in model.__dict__:
             raise TraceError("its forward is set on the instance", path="the model")
-        with self._recorded_factories(), _readable("the model"):
-            self.trace(model)
+        with intercepted(self), _readable("the model"):
+            try:
+                self.trace(model)
+            except Exception as error:
+                # As far as it got the graph is right, unless something was seen that makes all of it wrong.
+                if enough is None or self.unfaithful is not None or not enough(self.reading.graph):
+                    raise
+                self.reading.broken = _one_line(error)
+                self.reading.graph.output(None)
         return self.reading
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> Any:
@@ -198,24 +146,40 @@ class _Tracer(fx.Tracer):
 
     def _run_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the current module's forward on placeholders of its graph."""
-        module, path = self.reading.module, self.reading.path
+        module = self.reading.module
+        taken = RESERVED.intersection((*module._modules, *module._parameters, *module._buffers))
+        if taken:
+            raise TraceError(f"it has a member named {min(taken)!r}, a name that torch.fx keeps for itself")
         before = dict(module.__dict__)
+        members = {name: dict(before[name]) for name in ("_parameters", "_buffers", "_modules")}
         forward = type(module).forward
         positional, named = self._placeholders(_signature(forward), args, kwargs)
+        drawn = python_random() if self.watch_random else None
+        unfaithful: str | None = None
         try:
-            result = forward(module, *positional, **named)
-            kept = _kept_state(module, before)
+            with isinstance_of_proxies(forward, self):
+                result = forward(module, *positional, **named)
         finally:
-            _forget_proxies(module)
+            if self.watch_random and python_random() != drawn:
+                unfaithful = "its forward draws random numbers from Python or NumPy"
+            kept = kept_state(module, before, members)
+            if kept is not None:
+                unfaithful = f"its forward keeps state in the attribute {kept!r}"
+            self.unfaithful = unfaithful
             module.__dict__.clear()
             module.__dict__.update(before)
-        if kept is not None:
-            raise TraceError(f"its forward keeps state in the attribute {kept!r}", path=path or "the model")
+            for name, held in members.items():
+                before[name].clear()
+                before[name].update(held)
+            forget_proxies(module)
+        if unfaithful is not None:
+            raise TraceError(unfaithful)
         return result
 
     def _read_child(self, path: str, module: nn.Module, node: fx.Node) -> None:
         """Read a child as it is called at `node`; where that fails it is noted as closed."""
         outer = self.reading
+        states = (random.getstate(), np.random.get_state()) if self.watch_random else None
         args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, outer.value_of)
         self.graph, self.root = fx.Graph(tracer_cls=type(self)), module
         self.reading = Reading(path, module, self.graph, self.evaluation)
@@ -227,6 +191,9 @@ class _Tracer(fx.Tracer):
             outer.children[node] = self.reading
         except TraceError as error:
             self.closed[path] = error.message
+            if states is not None:  # what this one drew is not to be laid at its parent's door
+                random.setstate(states[0])
+                np.random.set_state(states[1])
         finally:
             self.reading, self.graph, self.root = outer, outer.graph, outer.module
 
@@ -236,6 +203,7 @@ class _Tracer(fx.Tracer):
         _, *parameters = signature.parameters.values()
         bound = signature.bind(None, *args, **kwargs).arguments
         spread = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+        several = spread
         positional: list[Any] = []
         named: dict[str, Any] = {}
         optional = False
@@ -243,14 +211,17 @@ class _Tracer(fx.Tracer):
             given = parameter.name in bound
             value = bound.get(parameter.name, parameter.default)
             if parameter.kind is parameter.VAR_POSITIONAL:
-                positional += self._spread(f"*{parameter.name}", value) if given else []
+                positional += self._spread(f"*{parameter.name}", value if given else ())
             elif parameter.kind is parameter.VAR_KEYWORD:
-                named |= self._spread(f"**{parameter.name}", value) if given else {}
+                named |= self._spread(f"**{parameter.name}", value if given else {})
             else:
+                if parameter.kind is parameter.KEYWORD_ONLY and not spread:
+                    self._spread("*_", ())  # fx knows no bare `*`: what comes after this can be given by name only
+                    spread = True
                 optional = optional or parameter.default is not parameter.empty
                 argument = self._placeholder(parameter, value, given, optional)
                 if parameter.kind is parameter.POSITIONAL_ONLY or (
-                    spread and parameter.kind is not parameter.KEYWORD_ONLY
+                    several and parameter.kind is not parameter.KEYWORD_ONLY
                 ):
                     positional.append(argument)
                 else:
@@ -260,6 +231,8 @@ class _Tracer(fx.Tracer):
     def _spread(self, target: str, value: Any) -> Any:
         proxy = self.create_proxy("placeholder", target, (), {})
         self.reading.given[proxy.node] = value
+        if not self.reading.path or not value:
+            self.record(expect_structure, (proxy, structure(value), target.strip("*")), {})
         return _unpacked(value, proxy)
 
     def _placeholder(self, parameter: inspect.Parameter, value: Any, given: bool, optional: bool) -> Any:
@@ -272,6 +245,8 @@ class _Tracer(fx.Tracer):
         proxy = self.create_proxy("placeholder", parameter.name, default, {})
         self.reading.given[proxy.node] = value
         if leaves(value, Value):
+            if not self.reading.path and not isinstance(value, Value):
+                self.record(expect_structure, (proxy, structure(value), parameter.name), {})
             return _unpacked(value, proxy)
         if value is None or isinstance(value, base_types):
             where = self.reading.path
@@ -292,6 +267,27 @@ class _Tracer(fx.Tracer):
             self._read_child(path, m, proxy.node)
         return proxy
 
+    # What is intercepted
+
+    def idle(self) -> bool:
+        return self.evaluation.running
+
+    def record(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.create_proxy("call_function", function, args, kwargs)
+
+    def refuse(self, reason: str) -> None:
+        if self.lenient is None or self.reading.path:
+            raise TraceError(reason)
+        self.lenient.append(reason)
+
+    def members(self, module: nn.Module, named: Iterator[tuple[str, Any]]) -> Iterator[Any]:
+        prefix = "" if module is self.reading.module else f"{self._path_in_frame(module)}."
+        for name, _ in named:
+            yield self.create_proxy("get_attr", f"{prefix}{name}", (), {})
+
+    def is_instance(self, value: Any, kinds: Any) -> bool:
+        return isinstance(self.reading.evaluate(value.node)[0], kinds)
+
     def _path_in_frame(self, module: nn.Module) -> str:
         path: str | None = (self.submodule_paths or {}).get(module)
         prefix = f"{self.reading.path}." if self.reading.path else ""
@@ -307,14 +303,18 @@ class _Tracer(fx.Tracer):
             return attr_val
         return super().getattr(attr, attr_val, self.reading.proxies)
 
-    def proxy(self, node: fx.Node) -> _Proxy:
-        return _Proxy(node, self)
+    def proxy(self, node: fx.Node) -> ReadingProxy:
+        return ReadingProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
         if a is None or type(a) in (int, str, float, bool):
             return a
+        if is_dataclass(a) and not isinstance(a, type):
+            # Before fx sees a dict in it: the outputs of transformers are both, and must keep their class.
+            values = {each.name: self.create_arg(getattr(a, each.name)) for each in fields(a)}
+            return self.create_node("call_function", type(a), (), values)
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
             for name, buffer in self.reading.module.named_buffers():
                 if a is buffer:
@@ -325,25 +325,6 @@ class _Tracer(fx.Tracer):
                         return self.create_node("get_attr", f"{name}.{attribute}".lstrip("."), (), {})
             raise TraceError("its forward uses a tensor that is no attribute of the model")
         return super().create_arg(a)
-
-    @contextmanager
-    def _recorded_factories(self) -> Iterator[None]:
-        originals = {name: getattr(torch, name) for name in _FACTORIES}
-        try:
-            for name, factory in originals.items():
-                setattr(torch, name, self._recorded(factory))
-            yield
-        finally:
-            for name, factory in originals.items():
-                setattr(torch, name, factory)
-
-    def _recorded(self, factory: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*args: Any, **kwargs: Any) -> Any:
-            if self.evaluation.running:
-                return factory(*args, **kwargs)
-            return self.create_proxy("call_function", factory, args, kwargs)
-
-        return record
 
     # What Python asks while tracing
 
@@ -373,12 +354,12 @@ class _Tracer(fx.Tracer):
             with self.evaluation.active():
                 answers = concrete(first, kind), concrete(second, kind)
         except DataDependentOutputException as error:
-            raise TraceError("its forward branches on the values of its data") from error
+            raise TraceError(f"its forward branches on the values of its data: on `{expression(node)}`") from error
         if answers[0] != answers[1]:
-            raise TraceError("its forward branches on the batch size")
-        if _depends_on_input(node) and (node, kind) not in self.reading.guarded:
+            raise TraceError(f"its forward branches on the batch size: on `{expression(node)}`")
+        if _can_change(node) and (node, kind) not in self.reading.guarded:
             self.reading.guarded.add((node, kind))
-            where = (self.reading.path, _expression(node))
+            where = (self.reading.path, expression(node))
             self.create_proxy("call_function", expect, (proxy, kind, answers[0], *where), {})
         return answers[0]
 
@@ -388,12 +369,13 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
 
 
-def _depends_on_input(node: fx.Node) -> bool:
+def _can_change(node: fx.Node) -> bool:
+    """Whether a node depends on an input, or on a weight, which may get another type or size."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
         current = stack.pop()
-        if current.op == "placeholder":
+        if current.op in ("placeholder", "get_attr"):
             return True
         if current not in seen:
             seen.add(current)
@@ -412,22 +394,3 @@ def _unpacked(value: Any, proxy: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_unpacked(item, proxy[index]) for index, item in enumerate(value))
     return {key: _unpacked(item, proxy[key]) for key, item in value.items()}
-
-
-def _expression(node: fx.Node, depth: int = 4) -> str:
-    """A short Python expression for what a node computes, for messages."""
-    if node.op in ("placeholder", "get_attr"):
-        return str(node.target).strip("*")
-    if depth == 0:
-        return "..."
-    parts = [
-        _expression(a, depth - 1) if isinstance(a, fx.Node) else repr(a) for a in (*node.args, *node.kwargs.values())
-    ]
-    if node.target is getattr:
-        return f"{parts[0]}.{node.args[1]}"
-    if node.target is operator.getitem:
-        return f"{parts[0]}[{parts[1]}]"
-    if node.op == "call_method":
-        return f"{parts[0]}.{node.target}({', '.join(parts[1:])})"
-    name = getattr(node.target, "__name__", str(node.target))
-    return f"{name}({', '.join(parts)})"

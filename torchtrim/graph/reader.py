@@ -10,33 +10,34 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.parametrize import is_parametrized
 
 from torchtrim.errors import InputError, TraceError
-from torchtrim.graph.copying import kept_random_state, paused_collection, structural_copy, unwrap
-from torchtrim.graph.execution import known_inputs
+from torchtrim.graph.copying import has_function_hooks, kept_random_state, paused_collection, structural_copy, unwrap
+from torchtrim.graph.execution import known_inputs, refuse_lazy
 from torchtrim.graph.guards import GUARDS
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.opening import read_forward
-from torchtrim.graph.reading import Evaluation, Reading, Value, same_graph
+from torchtrim.graph.reading import Evaluation, Reading, Value, function_name, same_graph
 from torchtrim.graph.structure import leaves, map_leaves
 
 
 def inputs_for(model: nn.Module, example_inputs: ExampleInputs | None) -> Inputs:
-    """The example inputs given, or such as the model's history knows the shapes of.
+    """The example inputs given, on the model's device; or such as the model's history knows the shapes of.
 
     Raises:
         InputError: Neither.
     """
-    if example_inputs is not None:
-        return Inputs.of(example_inputs)
-    known = known_inputs(model)
-    if known is None:
+    inputs = Inputs.of(example_inputs) if example_inputs is not None else known_inputs(model)
+    if inputs is None:
         raise InputError(
             f"the input shapes of this {type(model).__name__} are not known yet",
             expected="example_inputs: a tensor, or a tuple or dict of them",
             hint="pass example inputs as the second argument, such as torch.zeros(1, 3, 224, 224)",
         )
-    return known
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+    return inputs if device is None else inputs.map(lambda tensor: tensor.to(device))
 
 
 @dataclass(eq=False)
@@ -96,6 +97,9 @@ class Reader:
 
     Attributes:
         wanted: Which modules to open, by path and module.
+        enough: Whether the graph of the model's own forward, which could not be followed any further, will do.
+        lenient: Where to note what the graph of the model's own forward cannot hold (a stretch without gradients);
+            such a graph may be looked at, and not be run. `None`: refuse it.
         both_modes: Open modules whose graphs differ between train and eval mode too.
         root: That copy.
         closed: The modules that were to be opened and could not be, with the reason.
@@ -105,6 +109,8 @@ class Reader:
     inputs: Inputs
     wanted: Callable[[str, nn.Module], bool]
     both_modes: bool = False
+    enough: Callable[[fx.Graph], bool] | None = None
+    lenient: list[str] | None = None
     root: nn.Module = field(init=False)
     closed: dict[str, str] = field(default_factory=dict)
     frames: dict[str, list[Frame]] = field(init=False)
@@ -112,10 +118,12 @@ class Reader:
     outputs: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
+        refuse_lazy(unwrap(self.model))
         self.root = structural_copy(unwrap(self.model), own_buffers=True)
         self.inputs.bind(self.root)
-        self._evaluation = Evaluation()
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._pairs: dict[Frame, dict[fx.Node, fx.Node]] = {}
+        self._user_hooks = False
         self._split = False  # whether this part of the model is being walked once for each mode
 
     def read(self) -> Reader:
@@ -127,7 +135,13 @@ class Reader:
         with kept_random_state(), torch.enable_grad(), paused_collection():
             while True:
                 self.frames, self.sites, self.outputs = {}, [], {}
-                self._read_root()
+                try:
+                    self._read_root()
+                except TraceError:
+                    if self._user_hooks or not has_function_hooks(self.root):
+                        raise
+                    self._user_hooks = True  # one of them may change a shape
+                    continue
                 # A module that could not be opened at one of its calls is open at another: close it and read again.
                 if not any(path in self.frames for path in self.closed):
                     return self
@@ -145,8 +159,9 @@ class Reader:
                 kwargs,
                 wanted=self.wanted,
                 closed=self.closed,
-                evaluation=self._evaluation,
-                training=training,
+                enough=self.enough,
+                lenient=self.lenient,
+                evaluation=Evaluation(unwrap(self.model), training, self._fake, self._user_hooks),
             )
             for training in (False, True)
         )
@@ -172,9 +187,8 @@ class Reader:
 
     def _input_values(self) -> dict[int, Value]:
         batch = max(self.inputs.batch, 2)
-        fake = self._evaluation.fake
         fakes = [
-            self.inputs.with_batch(size).map(lambda tensor: fake.from_tensor(tensor.detach())).tensors
+            self.inputs.with_batch(size).map(lambda tensor: self._fake.from_tensor(tensor.detach())).tensors
             for size in (batch, batch + 1)
         ]
         return {
@@ -238,11 +252,12 @@ class Reader:
             if site.inside is None:
                 return site
             bound = Inputs(args, kwargs).bind(module)
-            result = self._walk(site.inside, mode, bound)
-            if site.inside.differs and not self._split:
-                self._split = True
-                self._walk(site.inside, "train", bound)
-                self._split = False
+            if self._split or not site.inside.differs:
+                return self._walk(site.inside, mode, bound)
+            self._split = True
+            result = self._walk(site.inside, "eval", bound)
+            self._walk(site.inside, "train", bound)
+            self._split = False
             return result
         if node.op == "get_attr":
             site = Site(join(frame.path, str(node.target)), "attribute", frame, node, mode, _attribute(frame, node))
@@ -252,8 +267,9 @@ class Reader:
             picked = _pick(node.target, args)
             if picked is not _NOTHING:
                 return picked
-            name = getattr(node.target, "__name__", type(node.target).__name__)
-            site = Site(f"{frame.path}:{name}", "function", frame, node, mode, node.target, args, kwargs)
+            site = Site(
+                f"{frame.path}:{function_name(node.target)}", "function", frame, node, mode, node.target, args, kwargs
+            )
         self.sites.append(site)
         return site
 
@@ -292,6 +308,11 @@ def pair_nodes(frame: Frame) -> dict[fx.Node, fx.Node]:
     return pairs
 
 
+def has_rooms(path: str, module: nn.Module) -> bool:
+    """Whether a module is worth opening: it has children, and they are not the parametrisations of its own weights."""
+    return bool(module._modules) and not is_parametrized(module)
+
+
 def join(parent: str, child: str) -> str:
     """The path of a module's child."""
     return f"{parent}.{child}" if parent else child
@@ -322,8 +343,8 @@ def _pick(function: Any, args: Any) -> Any:
         return _NOTHING
     try:
         return function(holder, key)
-    except (LookupError, AttributeError, TypeError) as error:
-        raise InputError(f"cannot read {key!r} of a {type(holder).__name__}: {error}") from error
+    except (LookupError, AttributeError, TypeError):
+        return _NOTHING  # a holder with ways of its own: the lookup stays a call
 
 
 def _attribute(frame: Frame, node: fx.Node) -> Any:

@@ -3,25 +3,61 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from torchtrim.graph.copying import structural_copy
 from torchtrim.graph.guards import GUARDS
 from torchtrim.graph.structure import map_leaves
+
+# Names that a GraphModule keeps for itself: a module with such a child or weight cannot be opened.
+RESERVED = (set(dir(fx.GraphModule)) - set(dir(nn.Module))) | {"graph", "code", "meta", "train_graph", "_graph"}
+
+
+# iadd beside add, iand beside and_: not invert, index and the like
+IN_PLACE_OPERATORS = {
+    name
+    for name in dir(operator)
+    if name.startswith("i") and any(hasattr(operator, plain) for plain in (name[1:], f"{name[1:]}_"))
+}
+
+
+def function_name(target: Any) -> str:
+    """The name of a function or method, for addresses; `add` for `+=` too.
+
+    Example:
+        >>> function_name(torch.flatten), function_name(operator.iadd), function_name("view")
+        ('flatten', 'add', 'view')
+    """
+    name = target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
+    return name[1:] if name in IN_PLACE_OPERATORS and getattr(operator, name) is target else name
 
 
 @dataclass
 class Evaluation:
-    """One fake run, shared by all the modules of a reading: values at two batch sizes, worked out when asked for."""
+    """One fake run, shared by all the modules of a reading: values at two batch sizes, worked out when asked for.
 
-    fake: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+    It runs on a copy of its own, made when first needed: what a forward keeps of a fake run must not be met again.
+    """
+
+    model: nn.Module
+    training: bool
+    fake: FakeTensorMode
+    user_hooks: bool = False
     running: bool = False
+
+    @cached_property
+    def twin(self) -> nn.Module:
+        """The copy that is run."""
+        return structural_copy(self.model, own_buffers=True, user_hooks=self.user_hooks).train(self.training)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -50,6 +86,7 @@ class Reading:
         module: The module.
         graph: Its forward; a child's call is one `call_module` node.
         children: The readings of the children that were opened, by their node in `graph`.
+        broken: Why the graph ends before the forward does; `None` for a whole one.
     """
 
     path: str
@@ -61,6 +98,7 @@ class Reading:
     known: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
     guarded: set[tuple[fx.Node, str]] = field(default_factory=set)
     proxies: dict[str, Any] = field(default_factory=dict)
+    broken: str | None = None
 
     def value_of(self, node: fx.Node) -> Value:
         """The value that a node stands for, to hand to the module that it feeds."""
@@ -77,14 +115,18 @@ class Reading:
                         break
         return self.known[node]
 
+    @property
+    def _twin(self) -> nn.Module:
+        return self.evaluation.twin.get_submodule(self.path)
+
     def _run(self, node: fx.Node, which: int) -> Any:
         if node.op == "placeholder":
             return map_leaves(self.given[node], Value, lambda value: value.evaluate()[which])
         args, kwargs = map_leaves((node.args, node.kwargs), fx.Node, lambda other: self.known[other][which])
         if node.op == "get_attr":
-            return functools.reduce(getattr, str(node.target).split("."), self.module)
+            return functools.reduce(getattr, str(node.target).split("."), self._twin)
         if node.op == "call_module":
-            return self.module.get_submodule(str(node.target))(*args, **kwargs)
+            return self._twin.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "output" or node.target in GUARDS:

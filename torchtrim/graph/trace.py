@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrim.errors import PathError, TraceError, nearest
 from torchtrim.graph.check import Mismatch, Side, compare, first_difference
-from torchtrim.graph.copying import kept_random_state, unwrap
+from torchtrim.graph.copying import structural_copy, unwrap
+from torchtrim.graph.execution import Execution, run_fake
 from torchtrim.graph.head import head_sites
-from torchtrim.graph.inputs import ExampleInputs, Inputs
-from torchtrim.graph.macs import macs_of
+from torchtrim.graph.inputs import ExampleInputs
 from torchtrim.graph.opened import OpenedModule, opened
-from torchtrim.graph.reader import Frame, Reader, Site, addresses, inputs_for
+from torchtrim.graph.paths import resolve
+from torchtrim.graph.reader import Frame, Reader, Site, addresses, ancestors, has_rooms, inputs_for
 from torchtrim.graph.structure import map_leaves
+from torchtrim.graph.values import SiteValues
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, check: bool = True) -> ModuleGraph:
@@ -56,25 +56,27 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, chec
     """
     model = unwrap(model)
     inputs = inputs_for(model, example_inputs)
-    reader = Reader(model, inputs, wanted=lambda path, module: bool(module._modules)).read()
+    unheld: list[str] = []
+    reader = Reader(model, inputs, wanted=has_rooms, lenient=unheld).read()
     checked: tuple[str, ...] = ("not checked",)
     while check:
-        candidate = open_all(reader)
+        # Not the reader's copy: what ran on it may have left its traces there.
+        candidate = open_all(reader, structural_copy(model))
         try:
-            checked = compare(Side(reader.root), Side(candidate), inputs)
+            checked = compare(Side(model), Side(candidate), inputs, gradients=not unheld)
             break
         except Mismatch as error:
             suspects = {path for path in reader.frames if path}
-            culprit = first_difference(reader.root, candidate, error.variant, suspects)
+            culprit = first_difference(model, candidate, error.variant, suspects)
             if not culprit:
                 raise TraceError(error.message, path="the model") from error
             reader.closed[culprit] = f"its graph was wrong: {error.message}"
             reader.read()
-    return ModuleGraph(reader, checked)
+    return ModuleGraph(reader, (*checked, *(f"not held by the graph: {reason}" for reason in dict.fromkeys(unheld))))
 
 
-def open_all(reader: Reader) -> OpenedModule:
-    """The model with every module that was read replaced by its graph; parameters and leaves are shared with it."""
+def open_all(reader: Reader, model: nn.Module) -> OpenedModule:
+    """`model` with every module that was read replaced by its graph; parameters and leaves are shared with it."""
     inside: dict[Frame, dict[str, Frame]] = {}
     for site in reader.sites:
         if site.inside is not None:
@@ -85,7 +87,7 @@ def open_all(reader: Reader) -> OpenedModule:
         if frame.path not in built:
             children = {target: build(child) for target, child in inside.get(frame, {}).items()}
             graphs = (_copied(frame.eval.graph), _copied(frame.train.graph))
-            built[frame.path] = opened(frame.module, *graphs, replacements=children)
+            built[frame.path] = opened(model.get_submodule(frame.path), *graphs, replacements=children)
         return built[frame.path]
 
     return build(reader.frames[""][0])
@@ -121,12 +123,14 @@ class Node:
     inputs: tuple[str, ...]
     users: tuple[str, ...]
     params: int
-    _values: _Values = field(repr=False)
+    _values: SiteValues = field(repr=False)
     _site: Site = field(repr=False)
 
     @property
     def output_shape(self) -> Any:
-        """The shape of the output (a list of them where it returns several tensors; `None` for what is no tensor)."""
+        """The shape of the output: a list of them where it returns several tensors; `None` where it is no tensor, or
+        depends on the values of the input.
+        """
         return _described(self._values.outputs.get(self._site), lambda tensor: tuple(tensor.shape))
 
     @property
@@ -186,13 +190,14 @@ class ModuleGraph:
                 line = users.setdefault(merged[source], [])
                 if merged[site] not in line:
                     line.append(merged[site])
-        values = _Values(self._reader)
+        values = SiteValues(self._reader)
         counted: set[int] = set()
         nodes = {}
         for address, site in found.items():
             path = site.name.partition(":")[0] if ":" in site.name else site.name
             kind = type(site.target).__name__ if site.op in ("module", "attribute") else site.name.rpartition(":")[2]
-            mode = "train" if site.name in train_only else "eval" if site.name in eval_only else "both"
+            modes = {"eval": site.name in eval_only, "train": site.name in train_only}
+            mode = next((mode for mode, only in modes.items() if only and site.op != "input"), "both")
             inputs = tuple(merged[source] for source in site.inputs)
             nodes[address] = Node(
                 address,
@@ -222,15 +227,26 @@ class ModuleGraph:
         if address in self._reader.frames:
             inner = [name for name in self.nodes if name.startswith((f"{address}.", f"{address}:"))]
             raise PathError("it was opened: its calls are nodes of their own", path=address, hint=f"one of {inner[:3]}")
+        for outer in ancestors(address.partition(":")[0]):
+            if outer in self.leaves:
+                raise PathError(f"it lies in {outer!r}, a leaf: {self.leaves[outer]}", path=address, hint=repr(outer))
         if address in dict(self._reader.root.named_modules()):
             raise PathError("it is never called for these inputs", path=address)
         raise PathError("no such node", path=address, hint=nearest(address, self.nodes))
 
     def calls(self, path: str) -> int:
-        """How many times the module at `path` is called in one forward of eval mode; 0 for never."""
-        return sum(
-            1 for site in self._reader.sites if site.name == path and site.op == "module" and site.mode == "eval"
-        )
+        """How many times the module at `path` is called in one forward of eval mode; 0 for never.
+
+        Raises:
+            PathError: There is no such module.
+        """
+        target = resolve(self._reader.root, path)
+        first = next(name for name, module in self._reader.root.named_modules() if module is target)
+        return len(self._execution.calls_of(first))
+
+    @cached_property
+    def _execution(self) -> Execution:
+        return run_fake(self._reader.model, self._reader.inputs)
 
     @cached_property
     def heads(self) -> list[str]:
@@ -307,64 +323,3 @@ def _params(site: Site, counted: set[int]) -> int:
     new = [parameter for parameter in held if id(parameter) not in counted]
     counted.update(id(parameter) for parameter in new)
     return sum(parameter.numel() for parameter in new)
-
-
-class _Values:
-    """The output and the cost of every site, from one fake run each, made when first asked for."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-
-    @cached_property
-    def outputs(self) -> dict[Site, Any]:
-        return self._run(self._reader.inputs)[0]
-
-    @cached_property
-    def macs(self) -> dict[Site, int]:
-        return self._run(self._reader.inputs.with_batch(1))[1]
-
-    def _run(self, inputs: Inputs) -> tuple[dict[Site, Any], dict[Site, int]]:
-        outputs: dict[Site, Any] = {}
-        macs: dict[Site, int] = {}
-        counter = _MacCounter()
-        tensors = inputs.tensors
-        modules = list(self._reader.root.modules())
-        before = [dict(module.__dict__) for module in modules]
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        try:
-            with kept_random_state(), torch.no_grad(), fake, counter:
-                for site in self._reader.sites:
-                    if site.inside is None:
-                        counter.total = 0
-                        outputs[site] = _evaluated(site, outputs, tensors, fake)
-                        macs[site] = counter.total
-        finally:
-            for module, attributes in zip(modules, before, strict=True):
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
-        return outputs, macs
-
-
-def _evaluated(site: Site, outputs: dict[Site, Any], tensors: list[torch.Tensor], fake: FakeTensorMode) -> Any:
-    if site.op == "input":
-        return fake.from_tensor(tensors[site.target].detach())
-    if site.op == "attribute":
-        return site.target
-    args, kwargs = map_leaves((site.args, site.kwargs), Site, outputs.__getitem__)
-    if site.op == "module":
-        site.target.eval()  # for shapes and cost that is enough, and batch norm takes a batch of one
-        return site.target(*args, **kwargs)
-    if site.op == "method":
-        return getattr(args[0], site.target)(*args[1:], **kwargs)
-    return site.target(*args, **kwargs)
-
-
-class _MacCounter(TorchDispatchMode):
-    def __init__(self) -> None:
-        TorchDispatchMode.__init__(self)
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.total += macs_of(func, args, kwargs or {}, out)
-        return out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, fields, is_dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ class _Frame:
 
 
 class Watch(TorchDispatchMode):
-    """Follows the forward of `model`, a copy made for it: hooks are put on it, and plain functions among its hooks go.
+    """Follows the forward of `model`, a copy made for it, without the user's hooks: hooks of our own are put on it.
 
     Attributes:
         calls: Every module call that returned, by end.
@@ -82,9 +81,6 @@ class Watch(TorchDispatchMode):
         self.first_use: dict[str, int] = {}
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         for path, module in model.named_modules():
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [key for key, hook in hooks.items() if isinstance(hook, FunctionType)]:
-                    del hooks[key]
             module.register_forward_pre_hook(self._enter(path), with_kwargs=True, prepend=True)
             module.register_forward_hook(self._leave(path))
 
