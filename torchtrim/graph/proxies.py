@@ -57,7 +57,7 @@ for _name in IN_PLACE_OPERATORS:
 
 
 class ReadingAttribute(Attribute, ReadingProxy):
-    pass
+    """An attribute of a proxy's value, such as its shape."""
 
 
 def expression(node: fx.Node, depth: int = 4) -> str:
