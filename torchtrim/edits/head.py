@@ -333,6 +333,12 @@ def _after(
             found=f"{len(outputs)} outputs: {', '.join(str(output) for output in outputs)}",
             hint="cut after one tensor: tt.trace lists the addresses, such as ':getitem' for an item of a tuple",
         )
+    if len(shape) > 1 and shape[0] != inputs.batch:
+        raise HeadError(
+            "the batch is not the first dimension of the features",
+            found=f"{tuple(shape)} for a batch of {inputs.batch}",
+            hint="cut after a layer that gives one entry a sample",
+        )
     if len(shape) < 2:
         raise HeadError("features have a batch and a width at least", found=shape, expected="2 to 5 dimensions")
     name = next(name for name in ("head", "new_head", "attached_head") if name not in model._modules)

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -150,10 +150,15 @@ class _Tracer(fx.Tracer):
         taken = RESERVED.intersection((*module._modules, *module._parameters, *module._buffers))
         if taken:
             raise TraceError(f"it has a member named {min(taken)!r}, a name that torch.fx keeps for itself")
-        before = dict(module.__dict__)
-        members = {name: dict(before[name]) for name in ("_parameters", "_buffers", "_modules")}
         forward = type(module).forward
         positional, named = self._placeholders(_signature(forward), args, kwargs)
+        if forward is nn.Sequential.forward:  # half of all modules: what it does is known
+            (value,) = (*positional, *named.values())
+            for child in cast(nn.Sequential, module):
+                value = self.call_module(child, forward, (value,), {})
+            return value
+        before = dict(module.__dict__)
+        members = {name: dict(before[name]) for name in ("_parameters", "_buffers", "_modules")}
         drawn = python_random() if self.watch_random else None
         unfaithful: str | None = None
         try:
