@@ -120,7 +120,7 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> str | None:
     """A hint that lists the names nearest to one that was not found; `None` where nothing is near.
 
     Example:
-        >>> nearest("layer3.conv", ["layer3.conv1", "layer3.bn1", "fc"])
+        >>> nearest("layer3.conv", ["layer3.conv1", "classifier", "fc"])
         "one of these names: 'layer3.conv1'"
     """
     close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)

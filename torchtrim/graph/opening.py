@@ -87,10 +87,13 @@ def _readable(path: str | None = None) -> Iterator[None]:
     except TraceError as error:
         if path is None or error.path is not None:
             raise
-        hint = "work on a module inside it, such as tt.cut(model.encoder, ...), or cut before that place"
-        raise TraceError(error.message, path=path, hint=hint) from error
+        raise TraceError(error.message, path=path, hint=_ELSEWHERE) from error
     except Exception as error:
-        raise TraceError(f"its forward cannot be followed: {_one_line(error)}", path=path) from error
+        hint = None if path is None else _ELSEWHERE
+        raise TraceError(f"its forward cannot be followed: {_one_line(error)}", path=path, hint=hint) from error
+
+
+_ELSEWHERE = "work on a module inside it, such as tt.cut(model.encoder, ...), or cut before that place"
 
 
 def _one_line(error: Exception) -> str:
