@@ -108,9 +108,10 @@ class Output(OrderedDict):  # type: ignore[type-arg]
 
     last: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
+    unused: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("last", "pooled"):
+        for name in ("last", "pooled", "unused"):
             if getattr(self, name) is not None:
                 self[name] = getattr(self, name)
 
@@ -132,8 +133,11 @@ class Classifier(nn.Module):
         self.encoder, self.head = Encoder(), nn.Linear(4, 2)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
-        logits = self.head(self.encoder(x).pooled)
-        return logits if labels is None else F.cross_entropy(logits.view(-1, self.num_labels), labels)
+        encoded = self.encoder(x)
+        logits = self.head(encoded.pooled)
+        if labels is None:
+            return Output(last=logits, pooled=encoded.unused)
+        return F.cross_entropy(logits.view(-1, self.num_labels), labels)
 
 
 def test_outputs_that_are_dicts_and_dataclasses_keep_their_class() -> None:

@@ -263,12 +263,25 @@ def flatten(value: Any, name: str = "output") -> dict[str, Any]:
         items = [(str(index), item) for index, item in enumerate(value)]
     elif is_dataclass(value) and not isinstance(value, type):
         items = [(field.name, getattr(value, field.name)) for field in fields(value)]
+    elif _is_holder(value):
+        if name.count(".") > _DEEPEST:
+            return {}
+        items = list(vars(value).items())
     else:
         return {name: value}
     found: dict[str, Any] = {}
     for key, item in items:
         found |= flatten(item, f"{name}.{key}")
     return found
+
+
+_DEEPEST = 10  # objects may refer to each other in a circle
+
+
+def _is_holder(value: Any) -> bool:
+    """Whether a value is an object that may hold tensors (a cache of keys and values), and cannot be compared itself."""
+    comparable = getattr(type(value), "__eq__", None) is not getattr(object, "__eq__", None)
+    return hasattr(value, "__dict__") and not callable(value) and not comparable
 
 
 def _resized(tensor: torch.Tensor) -> torch.Tensor:

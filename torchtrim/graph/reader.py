@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -336,9 +336,17 @@ _NOTHING = object()
 
 def _pick(function: Any, args: Any) -> Any:
     """An item or attribute of a structure that is known, instead of a call that looks it up."""
-    if function not in (operator.getitem, getattr) or len(args) < 2 or isinstance(args[0], (Site, str)):
+    if function not in (operator.getitem, getattr) or len(args) < 2 or isinstance(args[0], str):
         return _NOTHING
     holder, key = args[0], args[1]
+    if isinstance(holder, Site) and is_dataclass(holder.target) and isinstance(holder.target, type):
+        # An output of transformers, made further up: by name, or by its place among those that are not None.
+        values = [value for value in holder.kwargs.values() if value is not None]
+        if isinstance(key, int) and function is operator.getitem and key < len(values):
+            return values[key]
+        return holder.kwargs.get(key, _NOTHING) if isinstance(key, str) else _NOTHING
+    if isinstance(holder, Site):
+        return _NOTHING
     if isinstance(key, Site) or not isinstance(holder, (tuple, list, dict)):
         return _NOTHING
     try:
