@@ -86,7 +86,8 @@ def _timm_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     channels, *made_for = model.pretrained_cfg["input_size"]
     if not model.pretrained_cfg.get("fixed_input_size"):
         half = [-(-length // 64) * 32 for length in made_for]
-        yield channels, *(min(length, 128) for length in half)
+        for least in (128, 126):  # 126 is for patches of 14 pixels
+            yield channels, *(min(length, least) for length in half)
         yield channels, *half
     yield channels, *made_for
 

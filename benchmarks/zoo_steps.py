@@ -10,6 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,29 +109,25 @@ class _Work:
         able = [n for n in able if isinstance(n.output_shape, tuple) and str(n.output_dtype).startswith("float")]
         self.places = {step: able[int(len(able) * share)].address for step, share in PLACES.items()}
         # A head needs features with a row for each input; inside some attention the batch is folded into others.
-        rows = [node.address for node in able[len(able) // 2 :] if node.output_shape[0] == len(self.x)]
-        self.features = rows[0] if rows else self.places["cut 1/2"]
+        self.features = [node.address for node in able[len(able) // 2 :] if node.output_shape[0] == len(self.x)]
         for training in (False, True):
             self._record(training)
 
     def _record(self, training: bool) -> None:
         """The original's values at the places, from one forward with hooks; its buffers are put back."""
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         handles = []
         for address in set(self.places.values()):
             path, _, number = address.partition("#")
-            handles.append(
-                self.model.get_submodule(path).register_forward_hook(_keeper(self, address, number, training))
-            )
+            keep = _keeper(self, address, number, training)
+            handles.append(self.model.get_submodule(path).register_forward_hook(keep))
         try:
-            _run(self.model, self.fresh, training)
+            with kept_buffers(self.model):
+                _run(self.model, self.fresh, training)
+                self.buffers_after = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         finally:
             for handle in handles:
                 handle.remove()
             self.model.eval()
-        self.buffers_after = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(buffers[name])
 
     def summary(self) -> dict[str, Any]:
         before = _state(self.model)
@@ -201,12 +198,19 @@ class _Work:
         return found
 
     def cut_and_head(self) -> dict[str, Any]:
-        backbone = tt.cut(self.model, self.x, after=self.features)
-        net = tt.attach_head(backbone, self.x, num_classes=CLASSES)
-        found = _with_classes(net, self.fresh)
-        if found["output"] != [2, CLASSES]:
-            raise Wrong(f"the output is {found['output']} instead of {[2, CLASSES]}")
-        return {"after": self.features, **found}
+        refused = {}
+        for address in self.features[:8]:
+            backbone = tt.cut(self.model, self.x, after=address)
+            try:
+                net = tt.attach_head(backbone, self.x, num_classes=CLASSES)
+            except tt.HeadError as error:  # it cannot tell the channels inside an attention: it is right to say so
+                refused[address] = str(error)
+                continue
+            found = _with_classes(net, self.fresh)
+            if found["output"] != [2, CLASSES]:
+                raise Wrong(f"{address}: the output is {found['output']} instead of {[2, CLASSES]}")
+            return {"after": address, "refused": refused, **found}
+        raise Wrong(f"no place takes a head: {refused}")
 
 
 def listed(names: list[str]) -> str:
@@ -246,20 +250,34 @@ def _with_classes(net: nn.Module, x: torch.Tensor) -> dict[str, Any]:
     return {"output": shapes[False][0], "heads": len(new)}
 
 
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Leave the buffers as they were; a forward may write to them, or put others in their place."""
+    kept = [
+        (module._buffers, dict(module._buffers), {k: v.clone() for k, v in module._buffers.items() if v is not None})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffers, before, values in kept:
+                buffers.update(before)
+                for name, value in values.items():
+                    before[name].copy_(value)
+
+
 def _without_gradient(model: nn.Module, x: torch.Tensor) -> list[str]:
     """The parameters that the outputs do not depend on, in neither mode."""
     parameters = dict(model.named_parameters())
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     idle = set(parameters)
     for training in (False, True):
-        outputs = flatten(model.train(training)(x.clone())).values()
-        total = sum(value.float().sum() for value in outputs if isinstance(value, torch.Tensor))
-        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        with kept_buffers(model):
+            outputs = flatten(model.train(training)(x.clone())).values()
+            total = sum(value.float().sum() for value in outputs if isinstance(value, torch.Tensor))
+            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         idle -= {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
     model.eval()
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
     return [name for name in parameters if name in idle]
 
 
