@@ -421,3 +421,42 @@ def test_what_only_fed_dropped_parts_of_an_opened_module_is_dropped_too() -> Non
     assert sorted({key.rpartition(".")[0] for key in net.state_dict()}) == ["a", "block.left"]
     both = tt.cut(model, x, after=["block.left", "block"])
     assert hasattr(both, "memory")
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Exchange.Block()
+
+        def forward(self, xs: list[torch.Tensor], memory: torch.Tensor) -> torch.Tensor:
+            left, right = self.inner(xs, memory)
+            return left + right
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.memory, self.stage, self.head = nn.Linear(4, 4), nn.Linear(4, 4), Stage(), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.stage([self.a(x), x], self.memory(x)))
+
+    deep = tt.cut(Outer(), x, after="stage.inner.left")
+    assert sorted({key.rpartition(".")[0] for key in deep.state_dict()}) == ["a", "stage.inner.left"]
+
+
+def test_modules_shared_between_blocks_go_by_their_first_name() -> None:
+    class Block(nn.Module):
+        def __init__(self, shared: nn.Module) -> None:
+            super().__init__()
+            self.position, self.own = shared, nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.own(x) + self.position(x)
+
+    shared = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model, x = nn.Sequential(Block(shared), Block(shared), nn.Linear(4, 2)), torch.randn(3, 4)
+    assert tt.trace(model, x).node("0.position.0#1").inputs == ("0:add",)
+    with pytest.raises(tt.PathError, match=r"'0.position.0#0', '0.position.0#1'"):
+        tt.cut(model, x, after="1.position.0")
+    net = tt.cut(model, x, after="1.position.0#1")
+    assert torch.equal(net(x), shared[0](model[0](x)))
+    assert not set(net.state_dict()) - set(model.state_dict())

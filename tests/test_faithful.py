@@ -97,7 +97,7 @@ def test_the_check_sees_gradients() -> None:
         compare(Side(plain), Side(flipped), Inputs.of(X))
     frozen = Room(without_gradients)
     frozen.load_state_dict(plain.state_dict())
-    with pytest.raises(Mismatch, match="gets no gradient"):
+    with pytest.raises(Mismatch, match=r"gets (a|no) gradient"):
         compare(Side(plain), Side(frozen), Inputs.of(X))
     assert all(parameter.grad is None for parameter in plain.parameters())
 

@@ -138,8 +138,10 @@ def _read(model: nn.Module, inputs: Inputs, wanted: tuple[str, ...]) -> Reader:
             raise PathError(
                 "that is the whole model: nothing would be cut", path="''", hint="the path of a module in it"
             )
-        for inner in [*ancestors(path), *([path] if colon else [])]:
-            through |= {inner, first[id(modules[inner])]}
+        # All ways that lead to a shared module are looked at: its calls are counted over all of them.
+        for name in (name for name, module in modules.items() if module is modules[path]):
+            for inner in [*ancestors(name), *([name] if colon else [])]:
+                through |= {inner, first[id(modules[inner])]}
 
     def enough(graph: fx.Graph) -> bool:
         return all(_reaches(graph, _canonical(model, address)) for address in wanted)

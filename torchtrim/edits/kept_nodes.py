@@ -39,6 +39,11 @@ def plans_of(frame: Frame, steps: list[tuple[Site, ...]], own: bool) -> list[Pla
     return plans
 
 
+def shortens(frame: Frame, steps: list[tuple[Site, ...]], own: bool) -> bool:
+    """Whether a module is an `nn.Sequential` that need not be opened, only made shorter: all up to the value stays."""
+    return len(set(steps)) == 1 and not own and type(frame.module).forward is nn.Sequential.forward
+
+
 class Plan:
     """Which nodes of one graph are kept.
 
@@ -102,6 +107,8 @@ class Plan:
                 for user in node.users:
                     if user not in self.kept or user.target in (expect_argument, expect_structure):
                         continue
+                    if node not in leaves(self.arguments(user), fx.Node):
+                        continue
                     plain = user.target is operator.getitem and isinstance(user.args[1], (int, str))
                     parts = _ALL if parts is _ALL or not plain else parts | {user.args[1]}
                 found[str(node.target).strip("*")] = parts
@@ -152,10 +159,11 @@ _ALL = None  # every part of an argument is used
 def _without_unused(node: fx.Node, steps: list[tuple[Site, ...]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a child's call, with `None` for those, or those items, that its shortened graph does not use."""
     frame = steps[0][0].inside
-    if frame is None:
+    inner = [step[1:] for step in steps]
+    if frame is None or shortens(frame, inner, own=False):
         return node.args, node.kwargs
     used: dict[str, set[Any] | None] = {}
-    for plan in plans_of(frame, [step[1:] for step in steps], own=False):
+    for plan in plans_of(frame, inner, own=False):
         for name, parts in plan.used_inputs().items():
             before = used.get(name, set())
             used[name] = _ALL if parts is _ALL or before is _ALL else before | parts

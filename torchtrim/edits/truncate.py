@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from torchtrim.edits.kept_nodes import Plan, plans_of
+from torchtrim.edits.kept_nodes import Plan, plans_of, shortens
 from torchtrim.errors import EditError
 from torchtrim.graph.opened import has_output_hooks, opened
 from torchtrim.graph.reader import Frame, Reader, Site
@@ -77,7 +77,7 @@ class _Truncation:
     def module(self, frame: Frame, steps: list[tuple[Site, ...]], own: bool, result: Any = None) -> nn.Module:
         """The module that returns its own output (where `own`) and the values at `steps`."""
         source = self.model.get_submodule(frame.path)
-        if len(set(steps)) == 1 and not own and result is None and type(source).forward is nn.Sequential.forward:
+        if result is None and shortens(frame, steps, own):
             return self._sequential(source, frame, steps[0])
         plans = plans_of(frame, steps, own)
         children = self._children(plans, steps)

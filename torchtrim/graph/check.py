@@ -120,7 +120,7 @@ class Outcome:
 
     outputs: Any
     buffers: dict[str, torch.Tensor]
-    gradients: dict[str, torch.Tensor | None] | None
+    gradients: dict[int, tuple[str, torch.Tensor | None]] | None
 
 
 def _difference(expected: Outcome, found: Outcome) -> str | None:
@@ -130,8 +130,8 @@ def _difference(expected: Outcome, found: Outcome) -> str | None:
     for name, buffer in found.buffers.items():
         if name in expected.buffers and differs(expected.buffers[name], buffer) is not None:
             return f"buffer {name!r} ends with other values"
-    for name, gradient in (found.gradients or {}).items():
-        right = (expected.gradients or {}).get(name)
+    for key, (name, gradient) in (found.gradients or {}).items():
+        _, right = (expected.gradients or {}).get(key, (name, None))
         if (right is None) != (gradient is None):
             return f"parameter {name!r} gets {'a' if right is None else 'no'} gradient"
         if right is not None and gradient is not None and differs(right, gradient) is not None:
@@ -160,24 +160,27 @@ def run(side: Side, variant: Variant, gradients: bool | None = None) -> Outcome:
         _seed(0)
         outputs = side.call(module, variant.inputs.fresh())
         found = _gradients(module, outputs) if gradients else None
-    return Outcome(outputs, dict(module.named_buffers()), found)
+    return Outcome(outputs, dict(module.named_buffers(remove_duplicate=False)), found)
 
 
-def _gradients(module: nn.Module, outputs: Any) -> dict[str, torch.Tensor | None]:
-    """The gradients of one number that depends on all of the outputs; nothing is added to any `.grad`."""
+def _gradients(module: nn.Module, outputs: Any) -> dict[int, tuple[str, torch.Tensor | None]]:
+    """The gradients of one number that depends on all of the outputs; nothing is added to any `.grad`.
+
+    By the identity of the parameter, which both sides share; a shared one may go by another name on each.
+    """
     results = [value for value in flatten(outputs).values() if isinstance(value, torch.Tensor) and value.requires_grad]
     # A hook on a parameter is the user's, and would run.
     parameters = {
         name: held for name, held in module.named_parameters() if held.requires_grad and not held._backward_hooks
     }
     if not results or not parameters:
-        return dict.fromkeys(parameters)
+        return {id(held): (name, None) for name, held in parameters.items()}
     weights = [torch.arange(value.numel(), device=value.device).cos().reshape(value.shape) for value in results]
     total = torch.stack([(value * weight).sum().abs() for value, weight in zip(results, weights, strict=True)]).sum()
     found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return {
-        name: gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
-        for name, gradient in zip(parameters, found, strict=True)
+        id(held): (name, gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient)
+        for (name, held), gradient in zip(parameters.items(), found, strict=True)
     }
 
 
@@ -279,7 +282,7 @@ _DEEPEST = 10  # objects may refer to each other in a circle
 
 
 def _is_holder(value: Any) -> bool:
-    """Whether a value is an object that may hold tensors (a cache of keys and values), and cannot be compared itself."""
+    """Whether a value is an object that may hold tensors (a cache of keys and values), and does not compare itself."""
     comparable = getattr(type(value), "__eq__", None) is not getattr(object, "__eq__", None)
     return hasattr(value, "__dict__") and not callable(value) and not comparable
 

@@ -270,7 +270,7 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         relative = self._path_in_frame(m)
         proxy = self.create_proxy("call_module", relative, args, kwargs)
-        path = f"{self.reading.path}.{relative}".lstrip(".")
+        path = (self.submodule_paths or {})[m]
         if path not in self.closed and self.wanted(path, m):
             self._read_child(path, m, proxy.node)
         return proxy

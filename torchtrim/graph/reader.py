@@ -122,6 +122,7 @@ class Reader:
         self.root = structural_copy(unwrap(self.model), own_buffers=True)
         self.inputs.bind(self.root)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._names = {module: path for path, module in self.root.named_modules()}  # a shared one by its first name
         self._pairs: dict[Frame, dict[fx.Node, fx.Node]] = {}
         self._user_hooks = False
         self._split = False  # whether this part of the model is being walked once for each mode
@@ -244,8 +245,8 @@ class Reader:
 
     def _visit(self, frame: Frame, mode: str, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_module":
-            path = join(frame.path, str(node.target))
             module = frame.module.get_submodule(str(node.target))
+            path = self._names[module]
             site = Site(path, "module", frame, node, mode, module, args, kwargs)
             self.sites.append(site)
             site.inside = self._opened(frame, mode, node, path)
