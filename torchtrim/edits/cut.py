@@ -205,8 +205,8 @@ def _tap(model: nn.Module, reader: Reader, address: str) -> Tap:
 
 def _canonical(model: nn.Module, address: str) -> str:
     """An address with the first of its module's names, where it has several."""
-    path, rest = re.fullmatch(r"([^:#]*)(.*)", address, re.DOTALL).groups()  # type: ignore[union-attr]
-    return _first_name(model, path) + rest
+    path = re.split("[:#]", address, maxsplit=1)[0]
+    return _first_name(model, path) + address[len(path) :]
 
 
 def _first_name(model: nn.Module, path: str) -> str:

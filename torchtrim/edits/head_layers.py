@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from torchtrim.errors import HeadError
-
 POOLS = ("avg", "max", "token", "attention")
 LAYOUTS = ("flat", "NLC", "LNC", "NCL", "NCHW", "NHWC", "NCDHW", "NDHWC")
 
@@ -88,23 +86,6 @@ def channel_dim(layout: str) -> int:
         (1, -1)
     """
     return -1 if layout.endswith("C") or layout == "flat" else 1
-
-
-def new_head(
-    width: int, num_classes: int, *, layout: str, pool: str | None, hidden: Sequence[int], dropout: float
-) -> nn.Sequential:
-    """Pooling, then linear layers with ReLU and dropout between them.
-
-    Without pooling it works at every place: 1x1 convolutions where the channels come first.
-    """
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    if layout != "flat" and pool is not None:
-        if pool == "token" and layout not in ("NLC", "LNC"):
-            raise HeadError("only a sequence of tokens has a class token", found=layout, hint="pool='avg'")
-        layers["pool"] = AttentionPool(width, layout) if pool == "attention" else Pool(pool, layout)
-        layout = "flat"
-    layers.update(stack(width, num_classes, layout=layout, hidden=hidden, dropout=dropout))
-    return nn.Sequential(layers)
 
 
 def stack(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
+from torchtrim.bench.table import Table
 from torchtrim.graph.copying import unwrap
 from torchtrim.graph.execution import known_inputs, spec_of
 from torchtrim.graph.inputs import Inputs
@@ -101,23 +99,18 @@ class History:
         return {"origin": self.origin, "inputs": self.inputs, "entries": [entry.to_dict() for entry in self.entries]}
 
     def _table(self) -> Table:
-        table = Table(title=f"History of {self.origin}", title_justify="left")
-        for name in ("edit", "parameters", "notes", "checked"):
-            table.add_column(name, overflow="fold")
-        for entry in self.entries:
-            change = f"{entry.params_before:,} -> {entry.params_after:,}"
-            table.add_row(str(entry.edit), change, "\n".join(entry.notes), "\n".join(entry.checked))
-        return table
+        rows = tuple(
+            (str(entry.edit), f"{entry.params_before:,} -> {entry.params_after:,}", "; ".join(entry.checked))
+            for entry in self.entries
+        )
+        notes = [note for entry in self.entries for note in entry.notes]
+        return Table(f"History of {self.origin}", ("edit", "parameters", "checked"), rows, notes, left=3)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=140, color_system=None)
-        console.print(self._table() if self.entries else f"{self.origin}: no edits")
-        return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+        return self._table().text() if self.entries else f"{self.origin}: no edits"
 
     def _repr_html_(self) -> str:
-        console = Console(file=io.StringIO(), record=True, width=140)
-        console.print(self._table())
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return self._table().html()
 
 
 def history(model: nn.Module) -> History:

@@ -221,8 +221,10 @@ def _writes(node: fx.Node, module: nn.Module) -> bool:
 
 
 def _inplace_argument(node: fx.Node) -> bool:
+    if not callable(node.target):
+        return False
     try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
     except (TypeError, ValueError):
         return False  # a builtin without a signature takes no `inplace`
     return bound.arguments.get("inplace") is True
