@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ LOST = {
     "torch.no_grad": without_gradients,
     "torch.autocast": in_full_precision,
     "Flip": reversed_gradients,
-    "checkpoint": checkpointed,
+    "checkpoint|autograd function": checkpointed,
     "Python or NumPy": drawn,
 }
 
@@ -80,7 +81,7 @@ LOST = {
 def test_what_a_graph_would_lose_keeps_its_module_closed(word: str) -> None:
     model = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), room=Room(LOST[word]), last=nn.Linear(4, 2)))
     graph = tt.trace(model, X)
-    assert word in graph.leaves["room"]
+    assert re.search(word, graph.leaves["room"])
     assert graph.node("room").inputs == ("first",)
     with pytest.raises(tt.EditError, match=word):
         tt.cut(model, X, after="room.b")

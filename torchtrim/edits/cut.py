@@ -62,8 +62,9 @@ def cut(
             `{address: name}` one that returns a dict by name.
         copy: Copy the parameters. Without it the new model is made of the original's own modules and parameters (for
             big models, or inside a training loop), and the original should no longer be used.
-        check: Run the result against the original, in both modes, at several batch sizes and another input size: about
-            eight forwards.
+        check: Run the result against the original, in both modes, at several batch sizes and another input size, and
+            compare the gradients: about eight forwards and two backwards, in the memory of one training step. Twice
+            that at a function.
 
     Returns:
         The cut model. Its output has the shape that the node has in `trace`.

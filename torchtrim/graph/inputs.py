@@ -70,9 +70,13 @@ class Inputs:
 
     @property
     def batch(self) -> int:
-        """The size of the first tensor's first dimension (1 for a tensor without dimensions)."""
-        first = self.tensors[0]
-        return int(first.shape[0]) if first.dim() else 1
+        """The size of the first dimension of the first tensor that has dimensions (1 where none has).
+
+        Example:
+            >>> Inputs.of((torch.tensor(2.0), torch.zeros(5, 3))).batch
+            5
+        """
+        return next((int(tensor.shape[0]) for tensor in self.tensors if tensor.dim()), 1)
 
     def map(self, function: Callable[[torch.Tensor], Any]) -> Inputs:
         """The same arguments with every tensor passed through `function`."""

@@ -35,7 +35,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None, *, chec
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments. Arguments left out are held at
             their defaults. May be left out where the model's history knows the shapes.
         check: Run the graph against the original, in both modes, at several batch sizes and another input size. A
-            module whose graph disagrees is closed. Costs about eight forwards; without it nothing is computed.
+            module whose graph disagrees is closed. Costs about eight forwards and two backwards, and the memory of one
+            training step; without it nothing is computed.
 
     Returns:
         The graph. Time and memory grow with the number of calls.
