@@ -525,3 +525,29 @@ def test_nan_weights_are_said() -> None:
     with torch.no_grad():
         model[0].weight[0, 0] = float("nan")
     assert "where it is a number" in tt.history(tt.cut(model, X, after="0")).entries[0].checked[0]
+
+
+def test_none_among_what_a_child_returns() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return self.layer(x), None
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = Pair(), Pair(), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y, mask = self.first(x)
+            if mask is not None:
+                y = y.masked_fill(mask.any(), 0.0)
+            pair = self.second(y)
+            return self.last(pair[0] if pair[1] is None else pair[0] * pair[1])
+
+    model = Asks()
+    assert [node.address for node in tt.trace(model, X)][1:] == ["first.layer", "second.layer", "last"]
+    assert torch.equal(tt.cut(model, X, after="last")(X), model(X))

@@ -11,7 +11,7 @@ import inspect
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from torchtrim.graph.guards import concrete, expect, expect_argument, expect_str
 from torchtrim.graph.interception import intercepted, isinstance_of_proxies
 from torchtrim.graph.leftovers import forget_proxies, kept_state, python_random
 from torchtrim.graph.proxies import ReadingProxy, expression
-from torchtrim.graph.reading import RESERVED, Evaluation, Reading, Value
+from torchtrim.graph.reading import RESERVED, UNKNOWABLE, Evaluation, Reading, Value
 from torchtrim.graph.structure import leaves, map_leaves
 
 
@@ -341,12 +341,20 @@ class _Tracer(fx.Tracer):
 
     def iter(self, obj: Any) -> Iterator[Any]:
         try:
-            return super().iter(obj)
+            return iter([self.unless_none(obj.node, index, item) for index, item in enumerate(super().iter(obj))])
         except fx.proxy.TraceError:
             first, _ = self.reading.evaluate(obj.node)
         if isinstance(first, Mapping):
             return iter(self.keys(obj))
         return iter([obj[index] for index in range(len(obj))])
+
+    def unless_none(self, node: fx.Node, key: Any, item: Any) -> Any:
+        """An item of what a child returned: `None` where it is, for code that asks `if mask is not None`."""
+        if node.op == "call_module" and isinstance(key, int):
+            with suppress(*UNKNOWABLE):
+                if self.reading.evaluate(node)[0][key] is None:
+                    return None
+        return item
 
     def keys(self, obj: Any) -> Any:
         first, second = self.reading.evaluate(obj.node)

@@ -20,6 +20,10 @@ class ReadingProxy(fx.Proxy):
     def __getattr__(self, name: str) -> ReadingAttribute:
         return ReadingAttribute(self, name)
 
+    def __getitem__(self, key: Any) -> Any:
+        item = self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+        return self.tracer.unless_none(self.node, key, item)
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 

@@ -22,6 +22,9 @@ from torchtrim.graph.structure import map_leaves
 RESERVED = (set(dir(fx.GraphModule)) - set(dir(nn.Module))) | {"graph", "code", "meta", "train_graph", "_graph"}
 
 
+# What a forward raises on shapes without data, where it needs the data: its output, and all that follows, is unknown.
+UNKNOWABLE = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
+
 # iadd beside add, iand beside and_: not invert, index and the like
 IN_PLACE_OPERATORS = {
     name

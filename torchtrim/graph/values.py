@@ -16,10 +16,8 @@ from torchtrim.graph.copying import has_function_hooks, kept_random_state, struc
 from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.macs import macs_of
 from torchtrim.graph.reader import Reader, Site
+from torchtrim.graph.reading import UNKNOWABLE
 from torchtrim.graph.structure import map_leaves
-
-# What a forward raises on shapes without data, where it needs the data: its output, and all that follows, is unknown.
-_UNKNOWABLE = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 
 
 class SiteValues:
@@ -56,7 +54,7 @@ class SiteValues:
             for site in self._reader.sites:
                 counter.total = 0
                 if site.inside is None and all(source in outputs for source in site.inputs):
-                    with suppress(*_UNKNOWABLE):
+                    with suppress(*UNKNOWABLE):
                         outputs[site] = _evaluated(site, outputs, tensors, twin)
                 macs[site] = counter.total
         return outputs, macs
