@@ -43,9 +43,9 @@ class OnnxSession:
     def __init__(
         self, path: str | os.PathLike[str], *, providers: Sequence[str] | None = None, threads: int | None = None
     ) -> None:
+        if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
+            raise ExportError("there is no such ONNX file", path=path, hint="export_onnx writes one")
         self.path = Path(path)
-        if not self.path.is_file():
-            raise ExportError("there is no such ONNX file", path=self.path, hint="export_onnx writes one")
         try:
             import onnxruntime
         except ImportError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchtrim.errors import ExportMismatch
+from torchtrim.errors import ExportMismatch, InputError
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,29 @@ class Tolerance:
     cosine: float | None = None
     agreement: float = 0.95
 
+    @staticmethod
+    def of(tolerance: float | Tolerance) -> Tolerance:
+        """Read what a user gives: a number is the largest relative error.
+
+        Raises:
+            InputError: Not a positive, finite number.
+
+        Example:
+            >>> Tolerance.of(0.01).relative
+            0.01
+        """
+        if isinstance(tolerance, Tolerance):
+            return tolerance
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+            raise InputError("a tolerance is a number or a Tolerance", found=tolerance)
+        if not 0 < tolerance < math.inf:
+            raise InputError("the tolerance must be positive and finite", found=tolerance)
+        return Tolerance(relative=float(tolerance))
+
 
 TOLERANCES = {
     "float32": Tolerance(relative=1e-3),
+    "float64": Tolerance(relative=1e-3),
     "fp16": Tolerance(relative=2e-2),
     "dynamic": Tolerance(relative=None, cosine=0.98),
 }
@@ -77,7 +97,7 @@ class Tally:
     squares: list[float] = field(default_factory=lambda: [0.0, 0.0])
     top1: list[int] = field(default_factory=lambda: [0, 0])
     floating: bool = True
-    nan_in: str | None = None
+    wrong: str | None = None
 
     def add(self, reference: NDArray[Any], found: NDArray[Any], path: Path) -> None:
         """Add one run's output to the tally.
@@ -95,9 +115,7 @@ class Tally:
         self.shape = found.shape
         self.floating = bool(np.issubdtype(reference.dtype, np.floating))
         a, b = reference.astype(np.float64), found.astype(np.float64)
-        for side, array in (("the PyTorch model", a), ("the file", b)):
-            if self.nan_in is None and np.isnan(array).any():
-                self.nan_in = side
+        self.wrong = self.wrong or _beyond_comparison(a, b)
         if not a.size:
             return
         with np.errstate(invalid="ignore", over="ignore"):
@@ -121,7 +139,7 @@ class Tally:
         cosine = self.dot / norm if norm else float(self.squares[0] == self.squares[1])
         relative = self.max_abs / self.largest if self.largest else self.max_abs
         agreement = None if self.floating else self.equal / max(1, self.elements)
-        if self.nan_in is not None:
+        if self.wrong is not None:
             passed = False
         elif agreement is not None:
             passed = agreement >= limits.agreement
@@ -140,3 +158,15 @@ class Tally:
             agreement=agreement,
             passed=passed,
         )
+
+
+def _beyond_comparison(reference: NDArray[np.float64], found: NDArray[np.float64]) -> str | None:
+    """What no tolerance allows: NaN on either side, or an infinity on one side only."""
+    for side, array in (("the PyTorch model", reference), ("the file", found)):
+        if np.isnan(array).any():
+            return f"NaN from {side}"
+    if (np.isinf(found) & (found != reference)).any():
+        return "an infinity from the file where the PyTorch model gives another value"
+    if (np.isinf(reference) & (found != reference)).any():
+        return "an infinity from the PyTorch model where the file gives another value"
+    return None

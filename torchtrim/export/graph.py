@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torchtrim.errors import ExportError, InputError
+from torchtrim.export.inputs import input_names as names_of_inputs
 from torchtrim.export.outputs import free_name, named_outputs
+from torchtrim.export.quiet import quiet
 from torchtrim.graph.inputs import Inputs
 
 LARGE = 2_000_000_000  # bytes; one protobuf file cannot hold more
@@ -39,9 +41,10 @@ def names_for(
     """The names to give: the user's, or the forward's parameters and the output's keys.
 
     Raises:
-        InputError: Another number of names than of tensors, a name given twice, or an output without tensors.
+        InputError: Another number of names than of tensors, a name given twice (also once to an input and once to an
+            output), or an output without tensors.
     """
-    found_inputs = _input_names(model, inputs)
+    found_inputs = names_of_inputs(model, inputs)
     found_outputs = list(named_outputs(output))
     if not found_outputs:
         raise InputError("the model returns no tensor", found=type(output).__name__)
@@ -53,6 +56,14 @@ def names_for(
                 expected=f"{len(found)} different names, as in {found}",
             )
     inputs_named = tuple(input_names or found_inputs)
+    twice = sorted(set(inputs_named) & set(output_names or ()))
+    if twice:
+        raise InputError(
+            "an output cannot have the name of an input",
+            found=twice,
+            expected="names that differ",
+            hint="other input_names or output_names",
+        )
     taken = set(inputs_named)
     outputs_named: list[str] = []
     for name in output_names or found_outputs:
@@ -67,18 +78,20 @@ def write_float(
     """Write a model to an ONNX file as it is: in its own precision, with the mode its modules are in.
 
     Raises:
-        ExportError: The model cannot be exported.
+        ExportError: The model cannot be exported, or not with the batch or the opset asked for.
     """
-    if dynamic and inputs.batch < 2:
-        inputs = inputs.with_batch(2)  # the exporter takes a batch of 1 for a constant
-    flat = _Flat(model, inputs)
+    size = inputs.batch
+    of_batch = [bool(tensor.dim()) and tensor.shape[0] == size for tensor in inputs.tensors]
     shapes: tuple[Any, ...] | None = None
     if dynamic:
+        if not any(of_batch):
+            raise ExportError("no input has a batch dimension", found=inputs.describe(), hint="dynamic=False")
+        inputs = inputs.with_batch(max(2, size))  # the exporter takes a batch of 1 for a constant
         batch = torch.export.Dim("batch", min=1)
-        size = inputs.batch
-        shapes = (tuple({0: batch} if t.dim() and t.shape[0] == size else {} for t in flat.tensors),)
+        shapes = (tuple({0: batch} if own else {} for own in of_batch),)
+    flat = _Flat(model, inputs)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             program = torch.export.export(flat, tuple(flat.tensors), dynamic_shapes=shapes, strict=False)
             exported = torch.onnx.export(
                 program,
@@ -97,7 +110,30 @@ def write_float(
     if exported is None:
         raise ExportError("the exporter gave nothing back", found=type(model).__name__)
     exported.save(path, external_data=weight_bytes(model) > LARGE)
-    _tidy(path)
+    _tidy(path, batch=of_batch.index(True) if dynamic else None)
+    written = opset_of(path)
+    if opset is not None and written != opset:
+        raise ExportError(
+            "the model cannot be written in that opset", found=written, expected=opset, hint=f"opset={written}"
+        )
+    if dynamic and not has_dynamic_batch(path):
+        raise ExportError(
+            "the file takes one batch size only: the model computes with the size of its batch",
+            found=inputs.describe(),
+            hint="dynamic=False, if one batch size is enough",
+        )
+
+
+def opset_of(path: Path) -> int:
+    """The ONNX opset of a file."""
+    entries = onnx.load(path, load_external_data=False).opset_import
+    return next(int(entry.version) for entry in entries if entry.domain in ("", "ai.onnx"))
+
+
+def has_dynamic_batch(path: Path) -> bool:
+    """Whether a file has an input whose first dimension is left open."""
+    shapes = [value.type.tensor_type.shape.dim for value in onnx.load(path, load_external_data=False).graph.input]
+    return any(shape[0].dim_param for shape in shapes if shape)
 
 
 def _root(error: BaseException) -> str:
@@ -124,23 +160,51 @@ def stamp(path: Path, *, version: str, notes: Mapping[str, str]) -> onnx.ModelPr
     return model
 
 
-def _tidy(path: Path) -> None:
-    """Give weights their names in the model's `state_dict`, and take out what only gets in the way.
+def _tidy(path: Path, *, batch: int | None) -> None:
+    """Give weights their names in the model's `state_dict`, the open dimension the name `batch`, and drop the rest.
 
-    That is: lines of the user's source files, and a second description of each weight.
+    The rest is what only gets in the way: the exporter's notes on its own graph, lines of the user's source files, and
+    a second description of each weight.
+
+    Args:
+        path: The file.
+        batch: The position of an input whose first dimension is the batch; None where the batch is fixed.
     """
     model = onnx.load(path, load_external_data=False)
-    _rename(model.graph, {t.name: t.name.removeprefix("model.") for t in model.graph.initializer})
-    for node in model.graph.node:
-        kept = [entry for entry in node.metadata_props if not entry.key.endswith("stack_trace")]
-        del node.metadata_props[:]
-        node.metadata_props.extend(kept)
-    weights = {tensor.name for tensor in model.graph.initializer}
+    graph = model.graph
+    taken = {value.name for value in (*graph.input, *graph.output)} | set(_computed(graph))
+    short = {tensor.name: tensor.name.removeprefix("model.") for tensor in graph.initializer}
+    _rename(graph, {name: new for name, new in short.items() if new not in taken})
+    weights = {tensor.name for tensor in graph.initializer}
     # ONNX Runtime's quantizer transposes weights, and then stumbles over the shapes written here.
-    described = [value for value in model.graph.value_info if value.name not in weights]
-    del model.graph.value_info[:]
-    model.graph.value_info.extend(described)
+    described = [value for value in graph.value_info if value.name not in weights]
+    del graph.value_info[:]
+    graph.value_info.extend(described)
+    for noted in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
+        del noted.metadata_props[:]
+    if batch is not None:
+        _name_batch(graph, graph.input[batch])
     path.write_bytes(model.SerializeToString())
+
+
+def _computed(graph: onnx.GraphProto) -> Iterator[str]:
+    """The names of all values that nodes compute, in subgraphs too."""
+    for node in graph.node:
+        yield from node.output
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _computed(attribute.g)
+
+
+def _name_batch(graph: onnx.GraphProto, first: onnx.ValueInfoProto) -> None:
+    dimensions = first.type.tensor_type.shape.dim
+    symbol = dimensions[0].dim_param if dimensions else ""
+    if not symbol:
+        return
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param:
+                dimension.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", dimension.dim_param)
 
 
 def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
@@ -154,6 +218,15 @@ def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 _rename(attribute.g, names)
+
+
+def join_files(path: Path) -> None:
+    """Take the weights beside a file into it, where one file can hold them all."""
+    if len(files_of(path)) == 1 or size_mb(path) * 1e6 > LARGE:
+        return
+    model = onnx.load(path)
+    path.with_name(f"{path.name}.data").unlink()
+    onnx.save(model, path)
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -192,31 +265,3 @@ class _Flat(nn.Module):
             leaves[slot] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         return tuple(named_outputs(self.model(*args, **kwargs)).values())
-
-
-def _input_names(model: nn.Module, inputs: Inputs) -> list[str]:
-    """A name for each tensor in the arguments: its parameter, then the keys or places that lead to it."""
-    leaves, spec = pytree.tree_flatten((inputs.args, inputs.kwargs))
-    args, kwargs = pytree.tree_unflatten(list(range(len(leaves))), spec)
-    named: dict[int, str] = {}
-    taken: set[str] = set()
-
-    def walk(value: Any, name: str) -> None:
-        if isinstance(value, int):
-            named[value] = free_name(name, taken)
-            taken.add(named[value])
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                walk(item, f"{name}_{key}" if name else str(key))
-        elif isinstance(value, (tuple, list)):
-            for position, item in enumerate(value):
-                walk(item, f"{name}_{position}" if position else name)
-
-    variadic = {p.name for p in _parameters(model) if p.kind is p.VAR_KEYWORD}
-    for parameter, value in Inputs(tuple(args), dict(kwargs)).bind(model).items():
-        walk(value, "" if parameter in variadic else parameter)
-    return [named.get(i, f"input_{i}") for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-
-
-def _parameters(model: nn.Module) -> list[Any]:
-    return list(inspect.signature(model.forward).parameters.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +18,25 @@ from torchtrim.bench.latency import Benchmark, benchmark
 from torchtrim.bench.machine import machine
 from torchtrim.errors import ExportError, ExportMismatch, InputError, ModelError
 from torchtrim.export.compare import TOLERANCES, Tolerance
-from torchtrim.export.graph import LARGE, Names, files_of, names_for, size_mb, stamp, weight_bytes, write_float
-from torchtrim.export.quantize import DYNAMIC_OPS, quantize_dynamic, to_float16
+from torchtrim.export.graph import (
+    LARGE,
+    has_dynamic_batch,
+    join_files,
+    names_for,
+    opset_of,
+    size_mb,
+    stamp,
+    weight_bytes,
+    write_float,
+)
+from torchtrim.export.inputs import in_order
+from torchtrim.export.place import free_place, put_in_place, workshop
+from torchtrim.export.quantize import DYNAMIC_OPS, checked_ops, quantize_dynamic, to_float16
 from torchtrim.export.report import ExportReport
+from torchtrim.export.stand_in import run_once, stand_in
 from torchtrim.export.targets import Target, cuda_unsupported, resolve
-from torchtrim.export.verify import Data, Verification, verify_onnx
-from torchtrim.graph.copying import is_meta, kept_random_state, structural_copy, unwrap
+from torchtrim.export.verify import Data, Verification, scheme_of, verify_onnx
+from torchtrim.graph.copying import full_copy, is_meta, kept_random_state, structural_copy, unwrap
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 
 __all__ = ["ExportReport", "export_onnx"]
@@ -44,7 +56,7 @@ def export_onnx(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     opset: int | None = None,
-    dynamic_ops: Sequence[str] = DYNAMIC_OPS,
+    dynamic_ops: str | Sequence[str] = DYNAMIC_OPS,
     per_channel: bool = True,
     reduce_range: bool = False,
     half_io: bool = False,
@@ -57,21 +69,24 @@ def export_onnx(
 
     The model is exported as it is in eval mode, and is left as it was. The file is written in a folder beside its
     destination and moved into place after it passed: a failed export leaves nothing, and an earlier file stays.
-    Weights past 2 GB lie in a second file, `PATH.data`.
+    Weights past 2 GB lie in a second file, `PATH.data`. Forward hooks that are plain functions run once, and go into
+    the file only where they change what the model gives.
 
     Args:
         model: The model; one inside `torch.compile` or `DistributedDataParallel` is taken out of it.
         example_inputs: A tensor, or a tuple or dict of them. What the model's history recorded, where it is left out.
         path: Where the file goes. Its folder must exist.
-        target: `cpu` or `cuda`. For `cuda` the weights are float16, and every node is one that ONNX Runtime's CUDA
-            provider has a kernel for; the file runs on that provider where there is one, and on the CPU elsewhere.
+        target: `cpu` or `cuda`. For `cuda` the weights are float16 (of a float64 model too), and every node is one that
+            ONNX Runtime's CUDA provider has a kernel for; the file runs on that provider where there is one, and on the
+            CPU elsewhere.
         quantize: None, or for the CPU `"dynamic"`: int8 weights in matrix products, activations quantized as it runs.
         data: What to compare on: batches (tensors, `(inputs, targets)` pairs, dicts). The example by default.
-        dynamic: Whether the file takes any batch size; False for that of the example only.
+        dynamic: Whether the file takes any batch size; False for that of the example only. The batch is the first
+            dimension of the first tensor that has one, and of the others where they have the same size there.
         input_names: Names of the inputs; those of the forward's parameters by default.
         output_names: Names of the outputs; by default the output's keys, or `output`, `output_1`, ...
         opset: The ONNX opset; what PyTorch's exporter recommends by default.
-        dynamic_ops: The operators that `"dynamic"` quantizes. Adding `Conv` makes most networks slower.
+        dynamic_ops: The operators that `"dynamic"` quantizes, or one. Adding `Conv` makes most networks slower.
         per_channel: One int8 scale for each output channel.
         reduce_range: 7-bit weights, for x86 processors without VNNI.
         half_io: For `cuda`: take and give float16 as well.
@@ -85,10 +100,10 @@ def export_onnx(
 
     Raises:
         ExportError: The path cannot be written or is taken, the target or the scheme is unknown, or the model cannot be
-            expressed.
+            expressed: at all, with any batch size, or in the opset asked for.
         ExportMismatch: The file ran and was past the tolerance (`error.verification`).
         ModelError: The model is on the meta device, or holds NaN or infinite weights.
-        InputError: No example inputs, or some the model does not take.
+        InputError: No example inputs, or some the model does not take; names that do not fit; a bad option.
 
     Example:
         >>> import tempfile
@@ -99,58 +114,69 @@ def export_onnx(
     """
     start = time.perf_counter()
     place, scheme = resolve(target, quantize)
+    ops = checked_ops(dynamic_ops)
+    wanted = None if tolerance is None else Tolerance.of(tolerance)
+    _check_number("opset", opset)
+    _check_number("threads", threads)
     inner = unwrap(model)
-    destination = _check_path(path, overwrite, large=weight_bytes(inner) > LARGE)
+    destination = free_place(path, overwrite=overwrite, beside=weight_bytes(inner) * _SHARE[scheme] > LARGE)
     _check_weights(inner)
     inputs = _check_inputs(inner, example_inputs)
     notes: list[str] = []
-    with _workshop(destination) as folder, kept_random_state(), _progress() as say:
-        exported = structural_copy(inner, own_buffers=True).eval()
-        names = _names(exported, inputs, input_names, output_names)
+    with workshop(destination) as folder, kept_random_state(), _progress() as say:
+        copied = _stand_in(inner, inputs)
+        names = names_for(
+            copied, inputs, run_once(structural_copy(copied, own_buffers=True), inputs), input_names, output_names
+        )
         say("reading the model")
         plain = folder / "float" / destination.name
         plain.parent.mkdir()
-        write_float(exported, inputs, plain, names=names, dynamic=dynamic, opset=opset)
+        exported, given = copied, inputs
+        if scheme == "fp16" and _has_doubles(copied, inputs):
+            exported, given = full_copy(copied).float(), inputs.map(_single)
+            notes.append("the model is float64; it was turned into float32 first, and so are its inputs and outputs")
+        write_float(exported, given, plain, names=names, dynamic=dynamic, opset=opset)
+        precision = scheme_of(plain)
+        scheme = precision if scheme == "float32" else scheme
         final, quantized = plain, 0
-        if scheme != "float32":
+        if scheme != precision:
             final = folder / scheme / destination.name
             final.parent.mkdir()
             say(f"converting to {'int8' if scheme == 'dynamic' else scheme}")
             large = weight_bytes(exported) > LARGE
             if scheme == "dynamic":
                 quantized = quantize_dynamic(
-                    plain,
-                    final,
-                    ops=dynamic_ops,
-                    per_channel=per_channel,
-                    reduce_range=reduce_range,
-                    external_data=large,
+                    plain, final, ops=ops, per_channel=per_channel, reduce_range=reduce_range, external_data=large
                 )
-                notes += _dynamic_notes(quantized, dynamic_ops, reduce_range)
+                notes += _dynamic_notes(quantized, ops, reduce_range, precision)
             else:
                 to_float16(plain, final, half_io=half_io, external_data=large)
+            join_files(final)
         about = {"torchtrim.target": place.name, "torchtrim.quantize": scheme, "torch.version": torch.__version__}
-        stamped = stamp(final, version=_version(), notes=about)
+        stamp(final, version=_version(), notes=about)
         if place.name == "cuda":
             _check_kernels(final)
         say("comparing with PyTorch")
-        limits = tolerance if tolerance is not None else TOLERANCES[scheme]
-        verification = _verify(final, destination, inner, inputs, data, limits, place, notes)
+        limits = wanted or TOLERANCES["fp16" if scheme == "fp16" else scheme_of(final)]
+        verification = _verify(final, destination, copied, inputs, data, limits, place, notes)
         latency = None
         if benchmark:
             say("timing")
-            latency = _time(inner, inputs, plain, final, scheme, verification.provider, threads)
+            names_timed = {plain: f"ONNX {precision}", final: f"ONNX {'int8' if scheme == 'dynamic' else scheme}"}
+            latency = _time(copied, inputs, names_timed, verification.provider, threads)
             if verification.provider == place.provider:
                 notes += _speed_notes(latency)
         sizes = (size_mb(plain), size_mb(final))
-        files = _move(final, destination)
+        opset, dynamic = opset_of(final), has_dynamic_batch(final)
+        files = put_in_place(final, destination, overwrite=overwrite, aside=folder)
     return ExportReport(
         path=destination,
         files=files,
         target=place.name,
         quantize=scheme,
+        precision=precision,
         provider=verification.provider,
-        opset=next(entry.version for entry in stamped.opset_import if entry.domain in ("", "ai.onnx")),
+        opset=opset,
         input_names=names.inputs,
         output_names=names.outputs,
         dynamic_batch=dynamic,
@@ -165,17 +191,13 @@ def export_onnx(
     )
 
 
-def _check_path(path: str | os.PathLike[str], overwrite: bool, *, large: bool) -> Path:
-    destination = Path(path).absolute()
-    if destination.is_dir():
-        raise ExportError("the path is a folder", path=path, expected="a file", hint=str(Path(path) / "model.onnx"))
-    if not destination.parent.is_dir():
-        raise ExportError("the folder does not exist", path=destination.parent, hint="create it first")
-    wanted = [destination, destination.with_name(f"{destination.name}.data")][: 2 if large else 1]
-    taken = [file for file in wanted if file.exists()]
-    if taken and not overwrite:
-        raise ExportError("the file exists already", path=taken[0], hint="overwrite=True, or another path")
-    return destination
+# How large the file may be at least, beside the weights of the model; int8 weights are a quarter of float32 ones.
+_SHARE = {"float32": 1.0, "fp16": 0.5, "dynamic": 0.25}
+
+
+def _check_number(name: str, number: object) -> None:
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+        raise InputError(f"{name} is a positive whole number", found=number)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -213,40 +235,33 @@ def _check_inputs(model: nn.Module, example_inputs: ExampleInputs | None) -> Inp
         if recorded is None:
             raise InputError("the model's input is not known", hint="pass example_inputs as the second argument")
         return recorded.fresh()
-    inputs = Inputs.of(example_inputs).fresh()
+    inputs = in_order(Inputs.of(example_inputs).fresh(), model)
     inputs.bind(model)
+    if not inputs.batch:
+        raise InputError("the example has no rows", found=inputs.describe(), expected="at least one")
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     return inputs.map(lambda tensor: tensor.to(device))
 
 
-def _names(
-    model: nn.Module, inputs: Inputs, input_names: Sequence[str] | None, output_names: Sequence[str] | None
-) -> Names:
-    """Run the model once, so that a wrong input is told before the exporter meets it."""
+def _stand_in(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """A copy to export; where the inputs are refused and have another precision than the weights, that is said."""
     try:
-        with torch.no_grad():
-            output = inputs.fresh().call(model)
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        return stand_in(model, inputs)
+    except InputError as error:
         precision = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         floats = {tensor.dtype for tensor in inputs.tensors if tensor.is_floating_point()}
-        hint = None
         if precision is not None and floats and precision not in floats:
-            hint = f"inputs in {str(precision).removeprefix('torch.')}, as the weights are, or model.float()"
-        raise InputError(
-            f"the model does not take these inputs: {error}", found=inputs.describe(), hint=hint
-        ) from error
-    return names_for(model, inputs, output, input_names, output_names)
+            error.hint = f"inputs in {str(precision).removeprefix('torch.')}, as the weights are, or model.float()"
+        raise
 
 
-@contextmanager
-def _workshop(destination: Path) -> Iterator[Path]:
-    """A folder beside the destination, so that moving the file into place cannot fail half way."""
-    try:
-        made = tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent)
-    except OSError as error:
-        raise ExportError(f"the folder cannot be written to: {error.strerror}", path=destination.parent) from error
-    with made as folder:
-        yield Path(folder)
+def _has_doubles(model: nn.Module, inputs: Inputs) -> bool:
+    tensors = (*model.parameters(), *model.buffers(), *inputs.tensors)
+    return any(tensor.dtype is torch.float64 for tensor in tensors)
+
+
+def _single(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype is torch.float64 else tensor
 
 
 def _check_kernels(path: Path) -> None:
@@ -294,26 +309,19 @@ def _verify(
     return replace(verification, path=destination)
 
 
-def _time(
-    model: nn.Module, inputs: Inputs, plain: Path, final: Path, scheme: str, provider: str, threads: int | None
-) -> Benchmark:
-    candidates: dict[str, nn.Module | Path] = {"PyTorch eager": model, "ONNX float32": plain}
-    if final != plain:
-        candidates[f"ONNX {'int8' if scheme == 'dynamic' else scheme}"] = final
-    batch = 1 if inputs.batch > 1 and _takes_batch_one(plain) else None
+def _time(model: nn.Module, inputs: Inputs, files: dict[Path, str], provider: str, threads: int | None) -> Benchmark:
+    candidates: dict[str, nn.Module | Path] = {"PyTorch eager": model}
+    candidates |= {name: path for path, name in files.items()}
+    batch = 1 if inputs.batch > 1 and all(has_dynamic_batch(path) for path in files) else None
     return benchmark(candidates, inputs, batch=batch, threads=threads, seconds=0.3, warmup=2, providers=[provider])
 
 
-def _takes_batch_one(path: Path) -> bool:
-    from torchtrim.bench.session import OnnxSession
-
-    return OnnxSession(path).fixed_batch is None
-
-
-def _dynamic_notes(quantized: int, ops: Sequence[str], reduce_range: bool) -> list[str]:
+def _dynamic_notes(quantized: int, ops: Sequence[str], reduce_range: bool, precision: str) -> list[str]:
     notes = []
     if not quantized:
-        notes.append(f"nothing was quantized: the model has no {' or '.join(ops)} with constant weights; it is float32")
+        notes.append(
+            f"nothing was quantized: the model has no {' or '.join(ops)} with float32 weights; it is {precision}"
+        )
     if "Conv" in ops:
         notes.append("dynamic int8 convolutions are usually slower than float32 ones")
     has = machine().instructions
@@ -329,18 +337,6 @@ def _speed_notes(latency: Benchmark) -> list[str]:
     ratio = plain.median_ms / final.median_ms
     word = "faster" if ratio >= 1 else "slower"
     return [f"{final.name} is {max(ratio, 1 / ratio):.2f} x {word} than {plain.name}"]
-
-
-def _move(final: Path, destination: Path) -> tuple[Path, ...]:
-    """Put the files in place; the weights first, so that the model never stands without them."""
-    moved = []
-    try:
-        for source in sorted(files_of(final), key=lambda file: file.name == final.name):
-            os.replace(source, destination.with_name(source.name))
-            moved.append(destination.with_name(source.name))
-    except OSError as error:
-        raise ExportError(f"the file cannot be put in place: {error.strerror}", path=destination) from error
-    return tuple(reversed(moved))
 
 
 def _version() -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
 
 from torchtrim.errors import ExportError
+from torchtrim.export.quiet import quiet
 from torchtrim.export.targets import has_cuda_kernel
 
 DYNAMIC_OPS = ("MatMul", "Gemm")
@@ -57,14 +56,10 @@ def quantize_dynamic(
     from onnxruntime.quantization import quantize_dynamic as ort_quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    unknown = [op for op in ops if op not in _QUANTIZABLE]
-    if unknown or not ops:
-        raise ExportError(
-            "operators that have no dynamic int8 form", found=unknown or "none", expected=", ".join(_QUANTIZABLE)
-        )
+    ops = checked_ops(ops)
     prepared = destination.with_name(f"{destination.stem}.prepared.onnx")
     try:
-        with _quiet_root_logger():
+        with quiet():
             # The exporter has written every shape already; ONNX Runtime's symbolic pass can only fail on them.
             quant_pre_process(
                 source,
@@ -93,6 +88,25 @@ def quantize_dynamic(
         for leftover in destination.parent.glob(f"{prepared.name}*"):
             leftover.unlink()
     return count_quantized(destination)
+
+
+def checked_ops(ops: str | Sequence[str]) -> tuple[str, ...]:
+    """The operators to quantize, where all of them can be; one may be given by itself.
+
+    Raises:
+        ExportError: None, or one that has no dynamic int8 form.
+
+    Example:
+        >>> checked_ops("MatMul")
+        ('MatMul',)
+    """
+    named = (ops,) if isinstance(ops, str) else tuple(ops)
+    unknown = [op for op in named if op not in _QUANTIZABLE]
+    if unknown or not named:
+        raise ExportError(
+            "operators that have no dynamic int8 form", found=unknown or "none", expected=", ".join(_QUANTIZABLE)
+        )
+    return named
 
 
 def count_quantized(path: Path) -> int:
@@ -134,15 +148,3 @@ def to_float16(source: Path, destination: Path, *, half_io: bool = False, extern
         all_tensors_to_one_file=True,
         location=f"{destination.name}.data" if external_data else None,
     )
-
-
-@contextmanager
-def _quiet_root_logger() -> Iterator[None]:
-    """Hold back ONNX Runtime's advice to pre-process, which it logs even where that has been done."""
-    root = logging.getLogger()
-    advice = logging.Filter("torchtrim")
-    root.addFilter(advice)
-    try:
-        yield
-    finally:
-        root.removeFilter(advice)

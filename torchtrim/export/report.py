@@ -20,13 +20,14 @@ class ExportReport:
         path: The ONNX file.
         files: All files written: that one, and the weights beside it where they pass 2 GB.
         target: Where it will run.
-        quantize: The scheme of its weights: `float32`, `dynamic` (int8) or `fp16`.
+        quantize: What its weights are: `float32`, `float64`, `fp16`, or `dynamic` (int8).
+        precision: What they were before they were converted: `float32`, `float64` or `fp16`.
         provider: The ONNX Runtime provider it was run on.
         opset: Its ONNX opset.
         input_names: The names of its inputs.
         output_names: The names of its outputs.
         dynamic_batch: Whether it takes any batch size.
-        float_mb: What the file would weigh without quantization, in MB (10^6 bytes).
+        float_mb: What the file would weigh in that precision, in MB (10^6 bytes).
         size_mb: What it weighs, in MB.
         quantized_nodes: How many nodes compute in int8.
         verification: How near it is to the PyTorch model.
@@ -40,6 +41,7 @@ class ExportReport:
     files: tuple[Path, ...]
     target: str
     quantize: str
+    precision: str
     provider: str
     opset: int
     input_names: tuple[str, ...]
@@ -74,8 +76,8 @@ class ExportReport:
             f", {self.quantized_nodes} node{'s' * (self.quantized_nodes != 1)} in int8" if self.quantized_nodes else ""
         )
         size = f"{self.size_mb:.2f} MB"
-        if self.quantize != "float32":
-            size += f" ({self.float_mb:.2f} MB in float32)"
+        if self.quantize != self.precision:
+            size += f" ({self.float_mb:.2f} MB in {self.precision})"
         facts = (
             ("file", str(self.path)),
             ("size", size),

@@ -46,7 +46,7 @@ def resolve(target: str, quantize: str | None) -> tuple[Target, str]:
         >>> resolve("cuda", None)[1]
         'fp16'
     """
-    if target not in TARGETS:
+    if not isinstance(target, str) or target not in TARGETS:
         raise ExportError(
             "an unknown target", found=target, expected=" or ".join(TARGETS), hint=nearest(str(target), TARGETS)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,8 +19,11 @@ from torchtrim.bench.session import OnnxSession
 from torchtrim.bench.table import Table
 from torchtrim.errors import ExportMismatch, InputError, ModelError
 from torchtrim.export.compare import TOLERANCES, OutputError, Tally, Tolerance
+from torchtrim.export.inputs import arguments_of, in_order, input_names
 from torchtrim.export.outputs import named_outputs
-from torchtrim.graph.copying import is_meta, kept_random_state, structural_copy, unwrap
+from torchtrim.export.rows import with_other_rows
+from torchtrim.export.stand_in import run_once, stand_in
+from torchtrim.graph.copying import is_meta, kept_random_state, unwrap
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 
 Data: TypeAlias = "ExampleInputs | Iterable[Any]"
@@ -122,7 +125,8 @@ def verify_onnx(
 ) -> Verification:
     """Run an ONNX file and the PyTorch model on the same inputs, at batch 1 and another, and compare the outputs.
 
-    The model runs in eval mode and is left as it was.
+    The model runs in eval mode and is left as it was. Where the example holds one row, the other batch is made of rows
+    that are like it and differ. A NaN on either side, or an infinity on one side only, is past every tolerance.
 
     Args:
         path: The ONNX file.
@@ -130,7 +134,8 @@ def verify_onnx(
         data: Batches (tensors, `(inputs, targets)` pairs or dicts), or one example: a tensor, or a tuple or dict of the
             forward's arguments.
         tolerance: The largest error allowed, relative to the reference's largest absolute value; or a `Tolerance`.
-            By default what suits the file: 1e-3 for float32, 2e-2 for fp16, a cosine of 0.98 for dynamic int8.
+            By default what suits the file: 1e-3 for float32 and float64, 2e-2 for fp16, a cosine of 0.98 for dynamic
+            int8.
         example_inputs: The same as one example in `data`; what the model's history recorded where both are left out.
         providers: ONNX Runtime's execution providers; the CPU's by default.
         max_batches: Stop after this many batches of `data`.
@@ -138,34 +143,34 @@ def verify_onnx(
     Raises:
         ExportMismatch: An output is past the tolerance, or holds NaN; `error.verification` says how far it is.
         ExportError: No such file, or one that ONNX Runtime cannot run.
-        InputError: No inputs, or inputs that the file or the model does not take.
+        InputError: No inputs, inputs without a row, or inputs that the file or the model does not take.
         ModelError: The model has no weights to compare with.
     """
-    session = OnnxSession(path, providers=providers)
+    wanted = None if tolerance is None else Tolerance.of(tolerance)
+    if max_batches is not None and max_batches < 1:
+        raise InputError("max_batches must be positive", found=max_batches)
     inner = unwrap(model)
+    session = OnnxSession(path, providers=providers)
     if is_meta(inner):
         raise ModelError("the model has no weights to compare with", found="the meta device", hint="load weights first")
-    limits = _limits(tolerance, session)
-    batches = _batches(data, example_inputs, inner, session)
+    limits = wanted or TOLERANCES[scheme_of(session.path)]
+    reference: nn.Module | None = None
     tallies: dict[str, Tally] = {name: Tally(name) for name in session.output_names}
     sizes: list[int] = []
-    rows = 0
-    with kept_random_state(), torch.no_grad():
-        reference = structural_copy(inner, own_buffers=True).eval()
-        for number, inputs in enumerate(batches):
-            if max_batches is not None and number >= max_batches:
-                break
+    with kept_random_state():
+        for number, inputs in enumerate(islice(_batches(data, example_inputs, inner, session), max_batches)):
             for batch in _runs(inputs, session, first=number == 0):
-                _compare(reference, session, batch, tallies)
+                feed = _feed(session, inner, batch)
+                reference = reference or stand_in(inner, batch)
+                _compare(reference, session, batch, feed, tallies)
                 sizes.append(batch.batch)
-                rows += batch.batch
-    if not sizes:
-        raise InputError("there is no data to compare on", found="an empty iterable")
+    if not sum(sizes):
+        raise InputError("there is no data to compare on", found="batches without rows" if sizes else "no batches")
     verification = Verification(
         path=Path(path),
         provider=session.provider,
         batches=tuple(sorted(set(sizes))),
-        rows=rows,
+        rows=sum(sizes),
         tolerance=limits,
         outputs=tuple(tally.result(limits) for tally in tallies.values()),
     )
@@ -175,22 +180,15 @@ def verify_onnx(
 
 
 def scheme_of(path: str | os.PathLike[str]) -> str:
-    """The scheme a file's weights are in: `float32`, `fp16` or `dynamic`, told from its nodes and weights."""
+    """What a file computes in: `float32`, `float64`, `fp16` or `dynamic` (int8), told from its nodes and weights."""
     graph = onnx.load(os.fspath(path), load_external_data=False).graph
     if any(node.op_type.startswith(("DynamicQuantize", "MatMulInteger", "ConvInteger")) for node in graph.node):
         return "dynamic"
-    halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    return "fp16" if any(tensor.data_type in halves for tensor in graph.initializer) else "float32"
-
-
-def _limits(tolerance: float | Tolerance | None, session: OnnxSession) -> Tolerance:
-    if tolerance is None:
-        return TOLERANCES[scheme_of(session.path)]
-    if isinstance(tolerance, Tolerance):
-        return tolerance
-    if not tolerance > 0:
-        raise InputError("the tolerance must be positive", found=tolerance)
-    return Tolerance(relative=float(tolerance))
+    types = {tensor.data_type for tensor in graph.initializer}
+    types |= {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+    if types & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}:
+        return "fp16"
+    return "float64" if onnx.TensorProto.DOUBLE in types and onnx.TensorProto.FLOAT not in types else "float32"
 
 
 def _batches(
@@ -200,12 +198,10 @@ def _batches(
         found = Inputs.of(example_inputs) if example_inputs is not None else _recorded(model)
         return iter((found,))
     if isinstance(data, (torch.Tensor, Mapping, tuple, Inputs)):
-        return iter((_arguments(data, session),))
+        return iter((arguments_of(data, model, session.input_names),))
     if not isinstance(data, Iterable):
         raise InputError("data is an iterable of batches, or one example", found=type(data).__name__)
-    batches = (_arguments(batch, session) for batch in data)
-    first = next(batches, None)
-    return iter(()) if first is None else chain((first,), batches)
+    return (arguments_of(batch, model, session.input_names) for batch in data)
 
 
 def _recorded(model: nn.Module) -> Inputs:
@@ -217,17 +213,6 @@ def _recorded(model: nn.Module) -> Inputs:
     return found
 
 
-def _arguments(batch: Any, session: OnnxSession) -> Inputs:
-    """The forward's arguments in a batch of data; labels, which the file has no input for, are left out."""
-    if isinstance(batch, Mapping):
-        known = {key: value for key, value in batch.items() if key in session.input_names}
-        return Inputs.of(known if len(known) == len(session.input_names) else batch)
-    inputs = Inputs.of(batch)
-    if len(inputs.tensors) > len(session.input_names) and isinstance(batch, (tuple, list)):
-        return Inputs.of(batch[0])
-    return inputs
-
-
 def _runs(inputs: Inputs, session: OnnxSession, *, first: bool) -> Iterator[Inputs]:
     """The runs of one batch: as it is, and for the first one at batch 1 and another size."""
     fixed = session.fixed_batch
@@ -236,20 +221,26 @@ def _runs(inputs: Inputs, session: OnnxSession, *, first: bool) -> Iterator[Inpu
         return
     yield inputs
     if first:
-        if inputs.batch != 1:
-            yield inputs.with_batch(1)
-        else:
-            yield inputs.with_batch(3)
+        yield with_other_rows(inputs, 3) if inputs.batch == 1 else inputs.with_batch(1)
 
 
-def _compare(model: nn.Module, session: OnnxSession, inputs: Inputs, tallies: Mapping[str, Tally]) -> None:
-    feed = session.feed(inputs, cast=True)
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    moved = inputs.map(lambda tensor: tensor.detach().clone().to(device))
-    try:
-        expected = named_outputs(moved.call(model))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise InputError(f"the model does not take these inputs: {error}", found=inputs.describe()) from error
+def _feed(session: OnnxSession, model: nn.Module, inputs: Inputs) -> dict[str, NDArray[Any]]:
+    """The file's inputs: by the names that an export gives them, or in the order of the forward's parameters."""
+    if len(inputs.tensors) != len(session.input_names):
+        return session.feed(inputs, cast=True)  # which says what is wrong
+    inputs = in_order(inputs, model)
+    named = dict(zip(input_names(model, inputs), inputs.tensors, strict=True))
+    return session.feed(Inputs((), named), cast=True)
+
+
+def _compare(
+    model: nn.Module,
+    session: OnnxSession,
+    inputs: Inputs,
+    feed: dict[str, NDArray[Any]],
+    tallies: Mapping[str, Tally],
+) -> None:
+    expected = named_outputs(run_once(model, inputs))
     found = session.run(feed)
     if len(expected) != len(found):
         raise ExportMismatch(
@@ -270,13 +261,13 @@ def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
 def _failure(verification: Verification, tallies: Mapping[str, Tally]) -> VerificationFailed:
     worst = next(output for output in verification.outputs if not output.passed)
     limits = verification.tolerance
-    nan_in = tallies[worst.name].nan_in
-    if nan_in is not None:
+    wrong = tallies[worst.name].wrong
+    if wrong is not None:
         error = VerificationFailed(
-            f"the output {worst.name!r} holds NaN",
+            f"the output {worst.name!r} is no number that can be compared",
             path=verification.path,
-            found=f"NaN from {nan_in}",
-            expected="numbers",
+            found=wrong,
+            expected="finite numbers, or the same infinities",
         )
     else:
         if worst.agreement is not None:

@@ -1,0 +1,113 @@
+"""Where a file goes: checked before the work, and put in place whole or not at all after it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torchtrim.errors import ExportError
+from torchtrim.export.graph import files_of
+
+
+def free_place(path: str | os.PathLike[str], *, overwrite: bool, beside: bool) -> Path:
+    """The absolute path of a file that can be written.
+
+    Args:
+        path: What the user gave.
+        overwrite: Whether a file may be there.
+        beside: Whether weights will lie beside it, in `PATH.data`.
+
+    Raises:
+        ExportError: No path, a folder, a file in a folder that does not exist, or a file that is there.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ExportError("not the path of a file", found=repr(path), expected="a str or a Path")
+    destination = Path(path).absolute()
+    try:
+        os.lstat(destination)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long a name; a null character
+        reason = getattr(error, "strerror", None) or error
+        raise ExportError(f"not the path of a file: {reason}", path=repr(path)) from error
+    if destination.is_dir():
+        raise ExportError("the path is a folder", path=path, expected="a file", hint=str(Path(path) / "model.onnx"))
+    if not destination.parent.is_dir():
+        raise ExportError("the folder does not exist", path=destination.parent, hint="create it first")
+    _refuse_taken([destination, _beside(destination)] if beside else [destination], overwrite)
+    return destination
+
+
+@contextmanager
+def workshop(destination: Path) -> Iterator[Path]:
+    """A folder beside the destination, so that moving the file into place cannot fail half way.
+
+    Raises:
+        ExportError: The folder cannot be written to.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix=".torchtrim.", dir=destination.parent)
+    except OSError as error:
+        raise ExportError(f"the folder cannot be written to: {error.strerror}", path=destination.parent) from error
+    with made as folder:
+        yield Path(folder)
+
+
+def put_in_place(final: Path, destination: Path, *, overwrite: bool, aside: Path) -> tuple[Path, ...]:
+    """Move a file, and the weights beside it, to where they go: all of them, or none.
+
+    Weights that lay beside an earlier file, and belong to it, go with it.
+
+    Args:
+        final: The file, which has the destination's name, in another folder of the same disk.
+        destination: Where it goes.
+        overwrite: Whether files may be there.
+        aside: A folder of the same disk, for what was there until all is well.
+
+    Raises:
+        ExportError: A file is in the way or cannot be moved; everything is as it was.
+    """
+    sources = files_of(final)
+    targets = [destination.with_name(source.name) for source in sources]
+    _refuse_taken(targets, overwrite)
+    leaving = [target for target in targets if os.path.lexists(target)]
+    stale = _beside(destination)
+    if stale not in targets and stale.is_file() and _owns(destination, stale.name):
+        leaving.append(stale)
+    moves = [(target, aside / f"{target.name}.before") for target in leaving]
+    # The weights first, so that the model never stands without them.
+    moves += sorted(zip(sources, targets, strict=True), key=lambda move: move[1] == destination)
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            os.replace(source, target)
+            done.append((source, target))
+    except OSError as error:
+        for source, target in reversed(done):
+            os.replace(target, source)
+        raise ExportError(f"the file cannot be put in place: {error.strerror}", path=destination) from error
+    return tuple(sorted(targets))
+
+
+def _refuse_taken(files: Sequence[Path], overwrite: bool) -> None:
+    """Refuse where something has one of the names: a link that leads nowhere does, and no folder is ever replaced."""
+    for file in files:
+        if file.is_dir():
+            raise ExportError("a folder is in the way", path=file, hint="another path")
+        if os.path.lexists(file) and not overwrite:
+            raise ExportError("the file exists already", path=file, hint="overwrite=True, or another path")
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
+
+
+def _owns(path: Path, weights: str) -> bool:
+    """Whether a file says that it has its weights in the other, as ONNX files do."""
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    return b"location" in content and weights.encode() in content

@@ -1,0 +1,40 @@
+"""Without the known, harmless noise of the exporters: on their own insides, and on what is checked here anyway."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Each writes of steps whose outcome is looked at afterwards: an error that is raised too, the opset of the file, and
+# what it computes.
+_LOGGERS = (
+    "onnx_ir.passes.common.initializer_deduplication",
+    "onnxscript.version_converter",
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.onnx._internal.exporter._compat",
+    "root",  # ONNX Runtime's advice to pre-process, which it gives even where that has been done
+)
+# Recurrent layers keep their weights in a list beside the parameters; exporting reads it, and changes nothing.
+_FLAT_WEIGHTS = r"The tensor attributes? self\..*_flat_weights"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back the messages named in this file, and no others."""
+    loggers = [logging.getLogger(None if name == "root" else name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(_nothing)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_FLAT_WEIGHTS, category=UserWarning)
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
