@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_table_escapes_html() -> None:
 def test_bad_input() -> None:
     with pytest.raises(InputError, match="example inputs"):
         benchmark(nn.Linear(2, 2))
-    with pytest.raises(InputError, match=r"does not take.*float32\[1, 3\]"):
+    with pytest.raises(InputError, match=r"Linear refuses .*float32\[1, 3\]"):
         benchmark(nn.Linear(2, 2), torch.zeros(1, 3))
     with pytest.raises(InputError, match="nothing to measure"):
         benchmark({}, torch.zeros(1))
@@ -106,3 +107,38 @@ def test_bad_input() -> None:
         benchmark("nowhere.onnx")
     with pytest.raises(ModelError, match="meta device"):
         benchmark(nn.Linear(2, 2, device="meta"), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"confidence": 3}, {"confidence": 0.0}, {"rounds": 2.5}, {"seconds": "a"}, {"seconds": 0}, {"threads": 1.5}],
+)
+def test_numbers_are_checked_before_any_work(options: dict[str, Any]) -> None:
+    def never(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("the candidate was run")
+
+    with pytest.raises(InputError, match=next(iter(options))):
+        benchmark(never, torch.zeros(1), **options)
+
+
+def test_whatever_a_forward_raises_is_an_input_error() -> None:
+    class Picky(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise KeyError("no such thing")
+
+    with pytest.raises(InputError, match="no such thing"):
+        benchmark(nn.Sequential(Picky()), torch.zeros(1, 2), rounds=1)
+
+
+def test_hooks_of_the_user_do_not_run() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    seen: list[int] = []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(1))
+    benchmark(model, torch.zeros(1, 4), rounds=2)
+    assert seen == []
+
+
+def test_hooks_that_the_model_needs_run() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(4, 2))
+    model[0].register_forward_hook(lambda module, inputs, output: output[:, :4])
+    assert benchmark(model, torch.zeros(1, 4), rounds=2).timings[0].median_ms > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -18,8 +19,9 @@ from torch import nn
 from torchtrim.bench.machine import Machine, machine
 from torchtrim.bench.session import OnnxSession
 from torchtrim.bench.table import Table
-from torchtrim.errors import InputError, ModelError
+from torchtrim.errors import InputError, ModelError, TorchTrimError
 from torchtrim.graph.copying import is_meta, kept_modes, kept_random_state, structural_copy, unwrap
+from torchtrim.graph.execution import run_fake
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 
 Candidate: TypeAlias = "nn.Module | str | os.PathLike[str] | Callable[..., Any]"
@@ -150,7 +152,8 @@ def benchmark(
 
     Several candidates take turns: in every round each is called, in an order that changes, so that a noisy
     machine is noisy for all. The first call after each turn is left out (its caches belong to the one before).
-    Models run in eval mode under `torch.inference_mode`, and are left as they were.
+    Models run in eval mode under `torch.inference_mode`, without forward hooks that are plain functions (what these
+    write to is the user's), and are left as they were.
 
     Args:
         model_or_path: An `nn.Module`, the path of an ONNX file, a callable, or a dict `{name: one of these}`; ratios
@@ -163,10 +166,11 @@ def benchmark(
         warmup: Calls of each candidate before measuring.
         compile: Measure `torch.compile` of every model too.
         providers: ONNX Runtime's execution providers for the files.
-        confidence: Level of the ratio's bootstrap interval.
+        confidence: Level of the ratio's bootstrap interval, between 0 and 1.
 
     Raises:
-        InputError: No inputs where some are needed, or inputs that a candidate does not take.
+        InputError: No inputs where some are needed, inputs that a candidate does not take (the module that refuses is
+            named), or a number that makes no sense.
         ModelError: A model on the meta device, or one that `torch.compile` cannot compile.
         ExportError: An ONNX file that does not exist or does not run.
 
@@ -176,7 +180,9 @@ def benchmark(
         True
     """
     named = dict(model_or_path) if isinstance(model_or_path, Mapping) else {_name_of(model_or_path): model_or_path}
-    _check_numbers(named, batch=batch, threads=threads, seconds=seconds, rounds=rounds, warmup=warmup)
+    _check_candidates(named)
+    _check_numbers(batch=batch, threads=threads, rounds=rounds, warmup=warmup)
+    _check_shares(seconds=(seconds, math.inf), confidence=(confidence, 1.0))
     with ExitStack() as stack:
         stack.enter_context(kept_random_state())
         used = stack.enter_context(_threads(threads))
@@ -186,7 +192,7 @@ def benchmark(
         for name, candidate in named.items():
             runners[name] = _open(name, candidate, inputs, used, providers, stack)
             if compile and isinstance(candidate, nn.Module) and not _is_compiled(candidate):
-                compiled = torch.compile(structural_copy(unwrap(candidate), own_buffers=True))
+                compiled = torch.compile(_working_copy(name, candidate, inputs))
                 runners[f"{name} (torch.compile)"] = _open(name, compiled, inputs, used, providers, stack)
         samples = _measure(runners, seconds=seconds, rounds=rounds, warmup=warmup)
     return Benchmark(
@@ -216,7 +222,7 @@ def _name_of(candidate: Candidate) -> str:
     return str(getattr(candidate, "__name__", type(candidate).__name__))
 
 
-def _check_numbers(named: Mapping[str, Candidate], **numbers: float | None) -> None:
+def _check_candidates(named: Mapping[str, Candidate]) -> None:
     if not named:
         raise InputError("there is nothing to measure", found="no candidates")
     for name, candidate in named.items():
@@ -226,9 +232,19 @@ def _check_numbers(named: Mapping[str, Candidate], **numbers: float | None) -> N
                 path=name,
                 found=type(candidate).__name__,
             )
+
+
+def _check_numbers(**numbers: object) -> None:
     for name, number in numbers.items():
-        if number is not None and (number < 0 or (number == 0 and name != "warmup")):
-            raise InputError(f"{name} must be positive", found=number)
+        least = 0 if name == "warmup" else 1
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
+            raise InputError(f"{name} must be positive and a whole number", found=number)
+
+
+def _check_shares(**numbers: tuple[object, float]) -> None:
+    for name, (number, limit) in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < limit:
+            raise InputError(f"{name} is a number between 0 and {limit:g}", found=number)
 
 
 @contextmanager
@@ -272,13 +288,9 @@ def _open(
     if not isinstance(candidate, nn.Module):
         function = candidate
         return _Runner("callable", lambda: inputs.call(function))
-    if is_meta(candidate):
-        raise ModelError(
-            "the model has no weights to run with", path=name, found="the meta device", hint="load weights"
-        )
     kind = "compiled" if _is_compiled(candidate) else "pytorch"
     if kind == "pytorch" and not isinstance(candidate, torch.jit.ScriptModule):
-        candidate = structural_copy(unwrap(candidate), own_buffers=True)
+        candidate = _working_copy(name, candidate, inputs)
     stack.enter_context(kept_modes(candidate))
     candidate.eval()
     device = next((tensor.device for tensor in candidate.parameters()), torch.device("cpu"))
@@ -293,11 +305,23 @@ def _open(
 
     try:
         run()
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (TorchTrimError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a user's forward, and the compiler, raise what they like
         if kind == "compiled":
             raise ModelError(f"torch.compile failed: {error}", path=name, hint="leave compile out") from error
         raise InputError(f"the model does not take these inputs: {error}", path=name, found=moved.describe()) from error
     return _Runner(kind, run)
+
+
+def _working_copy(name: str, model: nn.Module, inputs: Inputs) -> nn.Module:
+    """A copy that is called as often as it takes, without the user's own hooks unless the model needs them to run."""
+    inner = unwrap(model)
+    if is_meta(inner):
+        raise ModelError(
+            "the model has no weights to run with", path=name, found="the meta device", hint="load weights"
+        )
+    return structural_copy(inner, own_buffers=True, user_hooks=run_fake(inner, inputs).user_hooks)
 
 
 def _is_compiled(model: nn.Module) -> bool:
