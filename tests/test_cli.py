@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
+import torchtrim
 from torchtrim.cli import app
 from torchtrim.errors import PathError
 from torchtrim.models import load_model
@@ -36,6 +38,14 @@ class Ids(nn.Module):
 
     def forward(self, ids, scale):
         return self.fc(self.embed(ids).mean(1)) * scale
+
+class Keyed(nn.Module):
+    def forward(self, x):
+        return {}["no such key"]
+
+class Dependent(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
 
 def broken():
     raise ValueError("no such setting")
@@ -147,6 +157,49 @@ def test_export_then_verify_then_disagree(run: Run, tmp_path: Path) -> None:
     other_weights = run("verify", out, "timm:test_resnet", "--input", SMALL, "--seed", 1, "--json")
     assert other_weights.exit_code == 3
     assert json.loads(other_weights.stdout)["error"]["type"] == "VerificationFailed"
+    debugged = run("verify", out, "timm:test_resnet", "--input", SMALL, "--seed", 1, "--debug")
+    assert debugged.exit_code == 3
+    assert "Traceback" in debugged.stderr
+
+
+def test_errors_on_standard_error_are_one_line_in_a_process_too(own_models: Path) -> None:
+    """The loggers of torch write to standard error by themselves."""
+    command = [sys.executable, "-m", "torchtrim", "export", "ownmodels:Dependent", "a.onnx", "--input", "1,3"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(torchtrim.__file__).parents[1])}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert "cannot be turned into ONNX" in line
+
+
+def test_wrong_usage_is_told_before_any_work(run: Run, own_models: Path) -> None:
+    for args in (
+        ("export", "ownmodels:tiny", "net.pt", "--input", "1,3,8,8"),
+        ("inspect", "ownmodels:tiny", "--input", "1,3,8,8", "--seed", 10**22),
+        ("inspect", "ownmodels:tiny", "--input", "1,3,8,8", "--seed", -1),
+    ):
+        result = run(*args)
+        assert result.exit_code == 2, result.output
+    assert not Path("net.pt").exists()
+
+
+def test_cut_touches_no_other_file(run: Run, own_models: Path) -> None:
+    Path("net.pt.part").write_text("mine")
+    result = run("cut", "ownmodels:tiny", "--after", "1", "--input", "1,3,8,8", "--out", "net.pt")
+    assert result.exit_code == 0, result.output
+    assert Path("net.pt.part").read_text() == "mine"
+    assert sorted(path.name for path in Path().iterdir() if path.suffix != "") == [
+        "net.pt",
+        "net.pt.part",
+        "ownmodels.py",
+    ]
+
+
+def test_shell_completion_offers_the_commands() -> None:
+    environment = {**os.environ, "_TORCHTRIM_COMPLETE": "complete_bash", "COMP_WORDS": "torchtrim ", "COMP_CWORD": "1"}
+    command = [sys.executable, "-c", "from torchtrim.cli import main; main()"]
+    offered = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert {"inspect", "cut", "export", "verify", "bench", "demo"} <= set(offered.split())
 
 
 def test_export_dynamic_is_smaller(run: Run, tmp_path: Path) -> None:
@@ -199,6 +252,10 @@ def test_bench_times_models_and_files_side_by_side(run: Run, own_models: Path) -
         (("cut", "timm:test_resnet", "--after", "layer1", "--out", "a.txt"), ".onnx or .pt"),
         (("cut", "timm:test_resnet", "--after", "layer1", "--out", "no/folder/a.onnx"), "no such folder"),
         (("export", "timm:test_resnet", "a.onnx", "--target", "tpu"), "tpu"),
+        (("export", "timm:test_vit", "a.onnx", "--input", "1,3,100,100"), "[1, 3, 100, 100]"),
+        (("bench", "timm:test_vit", "--input", "1,3,100,100"), "[1, 3, 100, 100]"),
+        (("export", "ownmodels:Keyed", "a.onnx", "--input", "1,3"), "no such key"),
+        (("export", "ownmodels:Dependent", "a.onnx", "--input", "1,3"), "cannot be turned into ONNX"),
         (("export", "timm:test_resnet", "a.onnx", "--quantize", "int3"), "int3"),
         (("verify", "missing.onnx", "timm:test_resnet"), "missing.onnx"),
         (("bench", "missing.onnx"), "missing.onnx"),
@@ -215,9 +272,12 @@ def test_errors_are_one_line(run: Run, own_models: Path, args: tuple[str, ...], 
     assert set(told) == {"type", "message", "path", "found", "expected", "hint"}
 
 
-def test_debug_raises(run: Run, tmp_path: Path) -> None:
+def test_debug_shows_the_traceback(run: Run, tmp_path: Path) -> None:
     result = run("cut", "timm:test_resnet", "--after", "layer9", "--out", tmp_path / "a.onnx", "--debug")
-    assert isinstance(result.exception, PathError)
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert PathError.__name__ in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("torchtrim: ")
 
 
 def test_same_name_gives_the_same_weights_and_leaves_the_random_state() -> None:

@@ -6,7 +6,10 @@ torch is imported by the commands, not by this file, so that `torchtrim --help` 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,7 +37,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except TorchTrimError as error:
             if ctx.meta.get("debug"):
-                raise
+                traceback.print_exception(error)
             if ctx.meta.get("json"):
                 typer.echo(json.dumps({"error": _error_dict(error)}))
             typer.echo(f"torchtrim: {' '.join(str(error).split())}", err=True)
@@ -90,7 +93,7 @@ InputShapes = Annotated[
         "Left out: what the model's own configuration says.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of random weights and inputs.")]
+Seed = Annotated[int, typer.Option(help="Seed of random weights and inputs.", min=0, max=2**32 - 1)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")]
 Target = Annotated[str, typer.Option(help="Where the file will run: cpu or cuda.")]
 Quantize = Annotated[str | None, typer.Option(help="dynamic: int8 weights in the linear layers.")]
@@ -178,6 +181,8 @@ def export(
     """
     import torchtrim as tt
 
+    if out.suffix != ".onnx":
+        raise typer.BadParameter(f"{out}: an ONNX file, so its name ends in .onnx", param_hint="FILE.onnx")
     _check_out(out, overwrite)
     named, x = _load(model, input, pretrained, weights, seed)
     _show(tt.export_onnx(named.model, x, out, target=target, quantize=quantize, overwrite=overwrite), json)
@@ -243,7 +248,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="The folder for the ONNX files, the picture and the figures.")] = Path(
         "demo-output"
     ),
-    seed: Annotated[int, typer.Option(help="Seed of the head and of the order of the pictures.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the head and of the order of the pictures.", min=0, max=2**32 - 1)
+    ] = 0,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -296,7 +303,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
     """Refuse before the work is done, not after."""
     if out.suffix not in {".onnx", ".pt"}:
         raise InputError("the name of the file says its format", path=out, expected=".onnx or .pt")
-    if out.exists() and not overwrite:
+    if os.path.lexists(out) and not overwrite:
         raise InputError("the file exists", path=out, hint="--overwrite")
     if not out.absolute().parent.is_dir():
         raise InputError("there is no such folder", path=out.absolute().parent)
@@ -306,12 +313,12 @@ def _save_state(state: Mapping[str, Any], out: Path) -> None:
     """Write beside the file, then move: a failure leaves the old file as it was."""
     import torch
 
-    part = out.with_name(out.name + ".part")
     try:
-        torch.save(dict(state), part)
-        part.replace(out)
+        with tempfile.TemporaryDirectory(prefix=".torchtrim.", dir=out.absolute().parent) as folder:
+            part = Path(folder) / out.name
+            torch.save(dict(state), part)
+            part.replace(out)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
         raise InputError(f"cannot be written: {error}", path=out) from error
 
 

@@ -353,5 +353,5 @@ def _progress() -> Iterator[_Say]:
         return
     from rich.console import Console
 
-    with Console(stderr=True).status("exporting") as status:
+    with Console(file=sys.stderr).status("exporting") as status:
         yield lambda step: status.update(step)

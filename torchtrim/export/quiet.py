@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 # Each writes of steps whose outcome is looked at afterwards: an error that is raised too, the opset of the file, and
 # what it computes.
@@ -28,12 +30,27 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.addFilter(_nothing)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _no_partial_graph():
             warnings.filterwarnings("ignore", message=_FLAT_WEIGHTS, category=UserWarning)
             yield
     finally:
         for logger in loggers:
             logger.removeFilter(_nothing)
+
+
+@contextmanager
+def _no_partial_graph() -> Iterator[None]:
+    """Hold back the graph that `torch.export` prints, up to where it failed; all else that is written passes."""
+    graph = ""
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            yield
+    except Exception as error:
+        graph = f"{getattr(error, 'partial_fx_graph', '')}\n"
+        raise
+    finally:
+        sys.stderr.write(told.getvalue().replace(graph, "") if graph.strip() else told.getvalue())
 
 
 def _nothing(record: logging.LogRecord) -> bool:
