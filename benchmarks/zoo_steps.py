@@ -105,7 +105,14 @@ class _Work:
 
     def _choose(self) -> None:
         """Where to cut: the modules at a third, half and five sixths of those that give one float tensor."""
+        fed: set[str] = (
+            set()
+        )  # what depends on the input; some attention has weights that go through layers of their own
+        for node in self.graph:
+            if node.op == "input" or not fed.isdisjoint(node.inputs):
+                fed.add(node.address)
         able = [node for node in self.graph if node.op == "module" and node.modes == "both" and node.users]
+        able = [node for node in able if node.address in fed]
         able = [n for n in able if isinstance(n.output_shape, tuple) and str(n.output_dtype).startswith("float")]
         self.places = {step: able[int(len(able) * share)].address for step, share in PLACES.items()}
         # A head needs features with a row for each input; inside some attention the batch is folded into others.
@@ -158,9 +165,10 @@ class _Work:
         idle = set(_without_gradient(net, self.fresh)) - self.unused
         used = {name for name, _ in net.named_parameters()} - idle
         partly = {name for name in idle if _lies_in_a_used_module(name, used, address)}
-        if idle - partly:
-            raise Wrong(f"{address}: kept, and not used for the output: {listed(sorted(idle - partly))}")
-        found["idle_in_used_modules"] = len(partly)
+        # What a module takes is kept with it, also where only the part of it that does not need that is used.
+        if idle and not partly:
+            raise Wrong(f"{address}: kept, and not used for the output: {listed(sorted(idle))}")
+        found["idle_with_used_modules"] = len(idle)
         return found
 
     def _kept(self, net: nn.Module, path: str) -> None:
@@ -169,8 +177,11 @@ class _Work:
         if missing:
             raise Wrong(f"{listed(missing)} are keys that the original does not have")
         modules = dict(self.model.named_modules(remove_duplicate=False))
+        names = [name for name, module in modules.items() if module is modules[path]]
         for name, module in net.named_modules(remove_duplicate=False):
-            opened = isinstance(module, torch.fx.GraphModule) and (not name or path.startswith(f"{name}."))
+            opened = isinstance(module, torch.fx.GraphModule) and (
+                not name or any(alias.startswith(f"{name}.") for alias in names)
+            )
             if not opened and type(module) is not type(modules.get(name)):
                 raise Wrong(f"{name} is a {type(module).__name__} instead of a {type(modules.get(name)).__name__}")
         shared = {p.data_ptr() for p in self.model.parameters()} & {p.data_ptr() for p in net.parameters()}
