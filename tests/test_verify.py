@@ -193,7 +193,13 @@ def test_what_the_model_raises_is_an_input_error(file: Path) -> None:
         verify_onnx(file, Picky(), torch.randn(2, 4))
 
 
+def test_labels_may_be_anything(file: Path, model: Net) -> None:
+    assert verify_onnx(file, model, [(torch.randn(2, 4), ["cat", "dog"])]).rows == 3
+
+
 def test_options_that_make_no_sense(file: Path, model: Net) -> None:
+    with pytest.raises(InputError, match="not a number"):
+        Tolerance(relative=float("nan"))
     for options, says in (({"tolerance": "a"}, "a number"), ({"max_batches": 0}, "max_batches")):
         with pytest.raises(InputError, match=says):
             verify_onnx(file, model, torch.randn(2, 4), **options)

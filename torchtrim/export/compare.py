@@ -27,6 +27,11 @@ class Tolerance:
     cosine: float | None = None
     agreement: float = 0.95
 
+    def __post_init__(self) -> None:
+        for name, limit in (("relative", self.relative), ("cosine", self.cosine), ("agreement", self.agreement)):
+            if limit is not None and math.isnan(limit):
+                raise InputError(f"the tolerance's {name} is not a number", found=limit)
+
     @staticmethod
     def of(tolerance: float | Tolerance) -> Tolerance:
         """Read what a user gives: a number is the largest relative error.

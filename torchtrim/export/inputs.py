@@ -71,9 +71,17 @@ def arguments_of(batch: Any, model: nn.Module, names: Sequence[str]) -> Inputs:
             known = {key: value for key, value in known.items() if not _tensors(value) or _is_named(key, names)}
         return Inputs.of(known if len(_tensors(known)) == len(names) else batch)
     inputs = Inputs.of(batch)
-    if len(inputs.tensors) > len(names) and isinstance(batch, (tuple, list)):
+    if isinstance(batch, (tuple, list)) and (len(inputs.tensors) > len(names) or not _fits(inputs, model)):
         return Inputs.of(batch[0])
     return inputs
+
+
+def _fits(inputs: Inputs, model: nn.Module) -> bool:
+    try:
+        inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_named(key: str, names: Sequence[str]) -> bool:

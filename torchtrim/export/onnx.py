@@ -131,7 +131,8 @@ def export_onnx(
         say("reading the model")
         plain = folder / "float" / destination.name
         plain.parent.mkdir()
-        exported, given = copied, inputs
+        # The exporter leaves its own tensors in attributes that a forward writes to.
+        exported, given = structural_copy(copied, own_buffers=True), inputs
         if scheme == "fp16" and _has_doubles(copied, inputs):
             exported, given = full_copy(copied).float(), inputs.map(_single)
             notes.append("the model is float64; it was turned into float32 first, and so are its inputs and outputs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torchtrim.errors import ExportError
@@ -73,22 +73,24 @@ def put_in_place(final: Path, destination: Path, *, overwrite: bool, aside: Path
     sources = files_of(final)
     targets = [destination.with_name(source.name) for source in sources]
     _refuse_taken(targets, overwrite)
-    leaving = [target for target in targets if os.path.lexists(target)]
-    stale = _beside(destination)
-    if stale not in targets and stale.is_file() and _owns(destination, stale.name):
-        leaving.append(stale)
-    moves = [(target, aside / f"{target.name}.before") for target in leaving]
-    # The weights first, so that the model never stands without them.
-    moves += sorted(zip(sources, targets, strict=True), key=lambda move: move[1] == destination)
-    done: list[tuple[Path, Path]] = []
-    try:
-        for source, target in moves:
-            os.replace(source, target)
-            done.append((source, target))
-    except OSError as error:
-        for source, target in reversed(done):
-            os.replace(target, source)
-        raise ExportError(f"the file cannot be put in place: {error.strerror}", path=destination) from error
+    weights = _beside(destination)
+    stale = weights not in targets and weights.is_file() and _owns(destination, weights.name)
+    with ExitStack() as undo:
+        try:
+            # The weights first, so that the model never stands without them.
+            if weights in targets:
+                if os.path.lexists(weights):
+                    os.replace(weights, aside / "before")
+                    undo.callback(os.replace, aside / "before", weights)
+                else:
+                    undo.callback(weights.unlink, missing_ok=True)
+                os.replace(_beside(final), weights)
+            os.replace(final, destination)
+        except OSError as error:
+            raise ExportError(f"the file cannot be put in place: {error.strerror}", path=destination) from error
+        undo.pop_all()
+    if stale:
+        weights.unlink()
     return tuple(sorted(targets))
 
 

@@ -106,6 +106,10 @@ def checked_ops(ops: str | Sequence[str]) -> tuple[str, ...]:
         raise ExportError(
             "operators that have no dynamic int8 form", found=unknown or "none", expected=", ".join(_QUANTIZABLE)
         )
+    if "Gemm" in named and "MatMul" not in named:
+        raise ExportError(
+            "a Gemm is quantized as a MatMul and an Add", found=named, expected="MatMul too", hint='("MatMul", "Gemm")'
+        )
     return named
 
 

@@ -19,8 +19,8 @@ _LOGGERS = (
     "torch.onnx._internal.exporter._compat",
     "root",  # ONNX Runtime's advice to pre-process, which it gives even where that has been done
 )
-# Recurrent layers keep their weights in a list beside the parameters; exporting reads it, and changes nothing.
-_FLAT_WEIGHTS = r"The tensor attributes? self\..*_flat_weights"
+# A forward may keep tensors in attributes, as recurrent layers do: it writes to the copy that is exported.
+_ATTRIBUTES = r"The tensor attributes? self\..* assigned during export"
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def quiet() -> Iterator[None]:
         logger.addFilter(_nothing)
     try:
         with warnings.catch_warnings(), _no_partial_graph():
-            warnings.filterwarnings("ignore", message=_FLAT_WEIGHTS, category=UserWarning)
+            warnings.filterwarnings("ignore", message=_ATTRIBUTES, category=UserWarning)
             yield
     finally:
         for logger in loggers:
