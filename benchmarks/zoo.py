@@ -46,7 +46,7 @@ def main() -> int:
         _forget_failures(options.out / f"{stem}.json", partial)
     done = _read(partial)
     options.out.mkdir(parents=True, exist_ok=True)
-    left = [name for name in wanted if name not in done]
+    left = [] if options.table else [name for name in wanted if name not in done]
     limits = {"jobs": options.jobs, "memory_gb": options.memory, "seconds": options.seconds}
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
@@ -59,12 +59,13 @@ def main() -> int:
             for step, error in errors(found).items():
                 progress.console.print(f"{name}: {step}: {error}", markup=False, highlight=False)
             progress.advance(task)
-    results = {name: done[name] for name in wanted}
+    results = {name: done[name] for name in wanted if name in done}
     if not options.models and options.upto == STEPS[-1]:
         write(
             stem, {"limits": limits, "results": results}, totals(results), details(results), out=options.out, show=False
         )
-        partial.unlink()
+        if len(results) == len(wanted):
+            partial.unlink()
     print(totals(results).text())
     return 1 if any(errors(found) for found in results.values()) else 0
 
@@ -81,6 +82,7 @@ def parse() -> Any:
     made.add_argument(
         "--retry", action="store_true", help="keep the results of the last run, and run again what failed"
     )
+    made.add_argument("--table", action="store_true", help="write what was found so far, and run nothing")
     return made.parse_args()
 
 
