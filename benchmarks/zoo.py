@@ -60,10 +60,10 @@ def main() -> int:
                 progress.console.print(f"{name}: {step}: {error}", markup=False, highlight=False)
             progress.advance(task)
     results = {name: done[name] for name in wanted if name in done}
+    missing = [name for name in wanted if name not in done]
     if not options.models and options.upto == STEPS[-1]:
-        write(
-            stem, {"limits": limits, "results": results}, totals(results), details(results), out=options.out, show=False
-        )
+        tables = (totals(results), details(results, missing))
+        write(stem, {"limits": limits, "results": results}, *tables, out=options.out, show=False)
         if len(results) == len(wanted):
             partial.unlink()
     print(totals(results).text())
@@ -109,7 +109,7 @@ def _passed(found: dict[str, Any], step: str) -> bool:
     return step in found and "error" not in found[step]
 
 
-def details(results: dict[str, Any]) -> Table:
+def details(results: dict[str, Any], missing: list[str]) -> Table:
     """One row a model: what was read, the seconds of each step, the peak memory."""
     rows = []
     notes = ["- seconds of each step, with its checks, of one thread; peak memory of the process, imports included"]
@@ -124,6 +124,8 @@ def details(results: dict[str, Any]) -> Table:
         closed = len(read.get("closed", {}))
         rows.append((name, size, f"{params:.1f}", str(read.get("nodes", "")), str(closed), *cells, str(peak)))
         notes += [f"- **{name}**, {step}: {error}" for step, error in errors(found).items()]
+    if missing:
+        notes.append(f"- not run yet ({len(missing)}): {', '.join(missing)}")
     columns = (
         "model",
         "input",
