@@ -53,6 +53,12 @@ def test_cost_of_nodes_is_that_of_the_model() -> None:
     assert graph.node("conv1").output_shape == (2, 64, 32, 32)
 
 
+def test_attention_in_one_module_costs_what_it_costs() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2))
+    x = torch.zeros(1, 5, 8)
+    assert sum(node.macs for node in tt.trace(model, x, check=False)) == tt.summary(model, x).macs
+
+
 def test_calls_are_counted() -> None:
     graph = tt.trace(Residual(), torch.zeros(1, 4, 5, 5))
     assert (graph.calls("conv"), graph.calls("relu"), graph.calls("unused")) == (1, 2, 0)

@@ -219,7 +219,7 @@ def _run_once(model: nn.Module, inputs: Inputs, train: bool, *, real: bool, user
     with ExitStack() as stack:
         stack.enter_context(kept_random_state())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_no_fused_attention())
+        stack.enter_context(no_fused_attention())
         twin = structural_copy(model, own_buffers=real, user_hooks=user_hooks)
         if real:
             given = inputs.fresh()
@@ -243,7 +243,7 @@ def _run_once(model: nn.Module, inputs: Inputs, train: bool, *, real: bool, user
 
 
 @contextmanager
-def _no_fused_attention() -> Iterator[None]:
+def no_fused_attention() -> Iterator[None]:
     """Keep `nn.MultiheadAttention` from doing all of its work in one operator whose parts cannot be counted."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

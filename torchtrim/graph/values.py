@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrim.graph.copying import has_function_hooks, kept_random_state, structural_copy, unwrap
+from torchtrim.graph.execution import no_fused_attention
 from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.macs import macs_of
 from torchtrim.graph.reader import Reader, Site
@@ -50,7 +51,7 @@ class SiteValues:
         fake, counter = FakeTensorMode(allow_non_fake_inputs=True), _MacCounter()
         tensors = [fake.from_tensor(tensor.detach()) for tensor in inputs.tensors]
         twin.eval()  # for shapes and cost that is enough, also at train-only calls: batch norm takes a batch of one
-        with kept_random_state(), torch.no_grad(), fake, counter:
+        with kept_random_state(), torch.no_grad(), no_fused_attention(), fake, counter:
             for site in self._reader.sites:
                 counter.total = 0
                 if site.inside is None and all(source in outputs for source in site.inputs):
