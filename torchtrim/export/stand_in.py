@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import nn
 from torchtrim.errors import InputError, TorchTrimError
 from torchtrim.export.outputs import named_outputs
 from torchtrim.graph.copying import has_function_hooks, kept_random_state, structural_copy
-from torchtrim.graph.execution import run_fake
+from torchtrim.graph.execution import no_fused_attention, run_fake
 from torchtrim.graph.inputs import Inputs
 
 
@@ -42,24 +40,14 @@ def run_once(model: nn.Module, inputs: Inputs) -> Any:
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     moved = inputs.map(lambda tensor: tensor.detach().clone().to(device))
     try:
-        with torch.no_grad(), _plain_attention():
+        # The fused path of nn.TransformerEncoder gives zeros at padded places, and an exported file does not.
+        with torch.no_grad(), no_fused_attention():
             return moved.call(model)
     except (TorchTrimError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a user's forward raises what it likes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"the model does not take these inputs: {reason}", found=inputs.describe()) from error
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Without the fused path of `nn.TransformerEncoder`: it gives zeros at padded places, and an export does not."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _seeded(model: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
