@@ -108,6 +108,26 @@ class ExportMismatch(ExportError):
     """An exported file that ran, and disagreed with the PyTorch model."""
 
 
+class CheckpointError(TorchTrimError):
+    """A `.trim` file that cannot be written or read."""
+
+
+class CheckpointDamaged(CheckpointError):
+    """Not a `.trim` file, or one that was cut short or altered."""
+
+
+class CheckpointTooNew(CheckpointError):
+    """A file in a format that a later version of torchtrim wrote."""
+
+
+class CheckpointUntrusted(CheckpointError):
+    """A file that asks for code which the caller did not name as trusted."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A model that is not the one the file describes."""
+
+
 class MissingDependency(TorchTrimError):
     """An optional package that is needed here and not installed."""
 
