@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torchtrim.bench.latency import Benchmark, benchmark
+    from torchtrim.edits.apply import apply
     from torchtrim.edits.cut import Cut, cut
+    from torchtrim.edits.edit import Edit
     from torchtrim.edits.head import AttachHead, attach_head
-    from torchtrim.edits.history import Edit, History, history
+    from torchtrim.edits.history import History, history
+    from torchtrim.edits.plan import Plan, plan
     from torchtrim.errors import (
         CheckFailed,
         EditError,
@@ -39,9 +42,12 @@ if TYPE_CHECKING:
 
 _HOME = {
     "bench.latency": ("Benchmark", "benchmark"),
+    "edits.apply": ("apply",),
     "edits.cut": ("Cut", "cut"),
+    "edits.edit": ("Edit",),
     "edits.head": ("AttachHead", "attach_head"),
-    "edits.history": ("Edit", "History", "history"),
+    "edits.history": ("History", "history"),
+    "edits.plan": ("Plan", "plan"),
     "errors": (
         "CheckFailed",
         "EditError",
@@ -88,6 +94,7 @@ __all__ = [
     "ModuleGraph",
     "Node",
     "PathError",
+    "Plan",
     "SelectionError",
     "Summary",
     "TorchTrimError",
@@ -95,6 +102,7 @@ __all__ = [
     "TraceError",
     "Verification",
     "__version__",
+    "apply",
     "attach_head",
     "benchmark",
     "cut",
@@ -103,6 +111,7 @@ __all__ = [
     "freeze",
     "history",
     "param_groups",
+    "plan",
     "summary",
     "trace",
     "unfreeze",

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 
-from torchtrim.edits.history import Applied, Edit, count_params, record
+from torchtrim.edits.apply import run
+from torchtrim.edits.edit import Edit, decided
 from torchtrim.edits.truncate import Tap, truncated
+from torchtrim.edits.work import Work
 from torchtrim.errors import CheckFailed, EditError, PathError, nearest
 from torchtrim.graph.check import Mismatch, Side, compare
-from torchtrim.graph.copying import full_copy, unwrap
 from torchtrim.graph.guards import GUARDS
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.opened import has_output_hooks
-from torchtrim.graph.reader import Reader, Site, addresses, ancestors, inputs_for
+from torchtrim.graph.reader import Reader, Site, addresses, ancestors
 from torchtrim.graph.reading import function_name
 
 
@@ -29,13 +30,49 @@ class Cut(Edit):
     Attributes:
         after: The addresses of the nodes whose values the model returns.
         names: Their names, where the outputs are a dict.
-        single: Whether it returns the value itself, not a tuple of one.
+        single: Whether it returns the value itself, not a tuple of one; by default where there is one, without a name.
+        clone: Whether values that are used further are returned as copies; decided when it is done.
     """
 
     kind: ClassVar[str] = "cut"
     after: tuple[str, ...] = ()
     names: tuple[str, ...] | None = None
-    single: bool = True
+    single: bool | None = decided()
+    clone: bool | None = decided()
+
+    def __post_init__(self) -> None:
+        if not self.after:
+            raise EditError("nothing to cut after", found=self.after, expected="a path, or several")
+        if self.names is not None and len(self.names) != len(self.after):
+            raise EditError("as many names as outputs", path="names", found=self.names, expected=len(self.after))
+        if self.single is None:
+            object.__setattr__(self, "single", len(self.after) == 1 and self.names is None)
+        if self.single and (self.names is not None or len(self.after) > 1):
+            raise EditError("a single output has one address and no name", found=self, hint="single=False")
+
+    def perform(self, work: Work) -> Cut:
+        """Cut `work.model`."""
+        model, inputs = work.model, work.inputs
+        reader = _read(model, inputs, self.after)
+        taps = [_tap(model, reader, address) for address in self.after]
+        work.notes += [note for tap in taps for note in _notes(tap, reader, model)]
+
+        def build(clone: bool, whole: bool = False) -> nn.Module:
+            return truncated(model, reader, taps, names=self.names, single=bool(self.single), clone=clone, whole=whole)
+
+        # A value that is returned and used further may be written to by an in-place layer: then a copy is returned.
+        clone = not work.check if self.clone is None else self.clone
+        net = build(clone)
+        if work.check:
+            reference = _reference(model, reader, taps, self, inputs, build)
+            try:
+                work.checked += compare(reference, Side(net), inputs)
+            except Mismatch:
+                clone = True
+                net = build(clone)
+                work.checked += compare(reference, Side(net), inputs)
+        work.model = net
+        return replace(self, clone=clone)
 
 
 def cut(
@@ -80,31 +117,7 @@ def cut(
         >>> backbone(torch.zeros(2, 3, 8, 8)).shape, sorted(backbone.state_dict())
         (torch.Size([2, 8, 6, 6]), ['0.bias', '0.weight'])
     """
-    model = unwrap(model)
-    inputs = inputs_for(model, example_inputs)
-    edit = _edit(after)
-    reader = _read(model, inputs, edit.after)
-    taps = [_tap(model, reader, address) for address in edit.after]
-    notes = tuple(note for tap in taps for note in _notes(tap, reader, model))
-
-    def build(clone: bool, whole: bool = False) -> nn.Module:
-        return truncated(model, reader, taps, names=edit.names, single=edit.single, clone=clone, whole=whole)
-
-    # A value that is returned and used further may be written to by an in-place layer: then a copy of it is returned.
-    net = build(clone=not check)
-    checked: tuple[str, ...] = ("not checked",)
-    if check:
-        reference = _reference(model, reader, taps, edit, inputs, build)
-        try:
-            checked = compare(reference, Side(net), inputs)
-        except Mismatch:
-            net = build(clone=True)
-            checked = compare(reference, Side(net), inputs)
-    before = count_params(model)
-    if copy:
-        net = full_copy(net)
-    record(model, net, inputs, Applied(edit, before, count_params(net), notes, checked))
-    return net
+    return run(model, example_inputs, [_edit(after)], copy=copy, check=check)
 
 
 def _edit(after: str | Sequence[str] | Mapping[str, str]) -> Cut:
@@ -119,8 +132,6 @@ def _edit(after: str | Sequence[str] | Mapping[str, str]) -> Cut:
     else:
         names = None
     addresses_ = tuple(after)
-    if not addresses_:
-        raise EditError("nothing to cut after", found=after, expected="a path, or several")
     if not all(isinstance(address, str) for address in (*addresses_, *(names or ()))):
         raise EditError("places and the names of outputs are strings", found=after, expected="strings")
     return Cut(addresses_, names, single=False)

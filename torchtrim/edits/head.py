@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
+import torch
 from torch import nn
 
 from torchtrim.edits import head_behind, head_in_place
+from torchtrim.edits.apply import run
 from torchtrim.edits.cut import Cut
-from torchtrim.edits.head_record import AttachHead, HeadRequest
-from torchtrim.edits.history import Applied, count_params, history, record
+from torchtrim.edits.edit import Edit, decided
+from torchtrim.edits.head_request import HeadRequest
+from torchtrim.edits.history import history
+from torchtrim.edits.module_spec import ModuleSpec
+from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import HeadError
-from torchtrim.graph.copying import full_copy, structural_copy, unwrap
-from torchtrim.graph.execution import run_fake
+from torchtrim.graph.copying import kept_random_state
+from torchtrim.graph.execution import Execution, run_fake
 from torchtrim.graph.inputs import ExampleInputs
-from torchtrim.graph.reader import inputs_for
-
-__all__ = ["AttachHead", "attach_head"]
+from torchtrim.graph.reader import Site
 
 
 def attach_head(
@@ -68,35 +74,103 @@ def attach_head(
         >>> attach_head(net, torch.zeros(1, 3, 8, 8), num_classes=4)[4]
         Linear(in_features=8, out_features=4, bias=True)
     """
-    model = unwrap(model)
-    inputs = inputs_for(model, example_inputs)
-    wanted = HeadRequest.of(num_classes, head, pool, hidden, dropout, layout)
-    execution = run_fake(model, inputs)
-    own = [] if replace is False or (replace is None and _was_cut(model)) else head_in_place.own_heads(model, inputs)
-    if replace and not own:
-        raise HeadError("the model has no head of its own to replace", hint="replace=False")
-    if own and wanted.pool not in ("avg", None):
-        raise HeadError(
-            "the model pools before its own head", found=f"pool={pool!r}", hint="cut it first, or replace=False"
+    HeadRequest.of(num_classes, head, pool, hidden, dropout, layout)
+    given = head if isinstance(head, Mapping) else {} if head is None else {"": head}
+    widths = (hidden,) if isinstance(hidden, int) else tuple(hidden)
+    heads = {path: ModuleSpec.of(module) for path, module in given.items()}
+    edit = AttachHead(num_classes, pool, widths, float(dropout), layout, replace, heads)
+    return run(model, example_inputs, [edit], copy=copy, check=check)
+
+
+@dataclass(frozen=True)
+class AttachHead(Edit):
+    """A new head.
+
+    Attributes:
+        num_classes: How many outputs it has; `None` where the head was given and has no single width.
+        pool: How features are pooled; `None` for a head that replaced the model's own, or works at every place.
+        hidden: Widths of the layers before the last.
+        dropout: Dropout probability before the last layer.
+        layout: Where the channels of the features are; `None` for a head that replaced the model's own.
+        replace: Whether the model's own head is replaced.
+        heads: The modules to attach, where they were given, by path; under `""` one for wherever the head is.
+        seed: The seed of the new head's initial weights.
+        in_features: The width of the features.
+        paths: Where the new head, or heads, are.
+        replaced: The classes of the layers that were there before; empty after a cut.
+    """
+
+    kind: ClassVar[str] = "attach_head"
+    num_classes: int | None = None
+    pool: str | None = "avg"
+    hidden: tuple[int, ...] = ()
+    dropout: float = 0.0
+    layout: str | None = None
+    replace: bool | None = None
+    heads: dict[str, ModuleSpec] = field(default_factory=dict)
+    seed: int | None = decided()
+    in_features: int | None = decided()
+    paths: tuple[str, ...] = decided(())
+    replaced: tuple[str, ...] = decided(())
+
+    def perform(self, work: Work) -> AttachHead:
+        """Attach it to `work.model`."""
+        model, inputs = work.model, work.inputs
+        wanted = self._request(work)
+        execution = run_fake(model, inputs)
+        in_place = self.replace is not False and (self.replace is True or not _was_cut(work.before))
+        own = head_in_place.own_heads(model, inputs) if in_place else []
+        if self.replace and not own:
+            raise HeadError("the model has no head of its own to replace", hint="replace=False")
+        if own and wanted.pool not in ("avg", None):
+            raise HeadError(
+                "the model pools before its own head",
+                found=f"pool={self.pool!r}",
+                hint="cut it first, or replace=False",
+            )
+        # Drawn from the user's generator, so that `torch.manual_seed` decides the weights; a record knows it already.
+        seed = int(torch.randint(2**53, ())) if self.seed is None and not self.heads else self.seed
+        heads = {path: spec.recorded() for path, spec in self.heads.items()}
+        done = dataclasses.replace(self, replace=bool(own), heads=heads, seed=seed)
+        with kept_random_state():
+            if seed is not None:
+                torch.manual_seed(seed)
+            if own:
+                return self._in_place(work, own, wanted, done, execution.user_hooks)
+            return self._behind(work, execution, wanted, done)
+
+    def _request(self, work: Work) -> HeadRequest:
+        given = {path: work.module(spec) for path, spec in self.heads.items()}
+        head = None if not given else given[""] if set(given) == {""} else given
+        count = None if given else self.num_classes
+        return HeadRequest.of(count, head, self.pool, self.hidden, self.dropout, self.layout)
+
+    @staticmethod
+    def _in_place(work: Work, own: list[Site], wanted: HeadRequest, done: AttachHead, user_hooks: bool) -> AttachHead:
+        num_classes, width, layers = head_in_place.make(work.model, own, work.inputs, wanted)
+        replaced = tuple(type(work.model.get_submodule(path)).__name__ for path in layers)
+        work.joints += [
+            Joint(path, None, None, f"replaced: {name}") for path, name in zip(layers, replaced, strict=True)
+        ]
+        head_in_place.put(work.model, num_classes, layers)
+        paths = tuple(layers)
+        if work.check:
+            work.checked += head_in_place.check_outputs(
+                work.before, work.model, work.inputs, paths, num_classes, user_hooks
+            )
+        return dataclasses.replace(
+            done, num_classes=num_classes, pool=None, layout=None, in_features=width, paths=paths, replaced=replaced
         )
-    before = count_params(model)
-    checked: tuple[str, ...] = ("not checked",)
-    # Tried on a copy that shares the weights: where it fails, nothing has been changed.
-    trial = structural_copy(model)
-    if own:
-        edit, layers = head_in_place.make(model, own, inputs, wanted)
-        if check:
-            trial = head_in_place.put(trial, edit, layers)
-            checked = head_in_place.check_outputs(model, trial, inputs, edit, execution.user_hooks)
-        net = head_in_place.put(full_copy(model) if copy else model, edit, layers)
-    else:
-        edit, made = head_behind.make(model, inputs, execution.calls_of("")[0].outputs, wanted)
-        if check:
-            trial = head_behind.put(trial, inputs, edit, made)
-            checked = head_behind.check_features(model, trial, inputs, edit)
-        net = head_behind.put(full_copy(model) if copy else model, inputs, edit, made)
-    record(model, net, inputs, Applied(edit, before, count_params(net), (), checked))
-    return net
+
+    @staticmethod
+    def _behind(work: Work, execution: Execution, wanted: HeadRequest, done: AttachHead) -> AttachHead:
+        outputs = execution.calls_of("")[0].outputs
+        name, layout, width, made = head_behind.make(work.model, work.inputs, outputs, wanted)
+        work.joints.append(Joint(name, tuple(outputs[0].shape), None, "behind the output"))
+        work.model = head_behind.put(work.model, work.inputs, name, made)
+        if work.check:
+            work.checked += head_behind.check_features(work.before, work.model, work.inputs, name)
+        return dataclasses.replace(done, layout=layout, in_features=width, paths=(name,), replaced=())
 
 
 def _was_cut(model: nn.Module) -> bool:

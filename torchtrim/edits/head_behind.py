@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from torchtrim.edits.head_fit import try_head
 from torchtrim.edits.head_layers import AttentionPool, Pool, channel_dim, stack
-from torchtrim.edits.head_record import AttachHead, HeadRequest, type_name
+from torchtrim.edits.head_request import HeadRequest
 from torchtrim.errors import HeadError
 from torchtrim.graph.check import Side, compare
 from torchtrim.graph.copying import is_meta
@@ -23,8 +23,8 @@ from torchtrim.graph.watch import Value
 
 def make(
     model: nn.Module, inputs: Inputs, outputs: tuple[Value, ...], wanted: HeadRequest
-) -> tuple[AttachHead, nn.Module]:
-    """The record, and the new head."""
+) -> tuple[str, str | None, int | None, nn.Module]:
+    """The name of the new head, the layout and the width of its features (`None` where it was given), and the head."""
     if has_output_hooks(model):
         raise HeadError("hooks on the model's output would see the head's", hint="put them on a layer inside")
     shape = outputs[0].shape if outputs else ()
@@ -62,15 +62,12 @@ def make(
         made = head
     if not is_meta(made):
         try_head(made, tuple(shape), name)
-    made.train(model.training)
-    given = (type_name(made),) if head is not None else ()
-    pool, hidden, dropout = wanted.pool, wanted.hidden, wanted.dropout
-    return AttachHead(wanted.num_classes, pool, hidden, dropout, layout, width, (name,), (), given), made
+    return name, layout, width, made
 
 
-def put(model: nn.Module, inputs: Inputs, edit: AttachHead, head: nn.Module) -> nn.Module:
+def put(model: nn.Module, inputs: Inputs, name: str, head: nn.Module) -> nn.Module:
     """The model with a module behind its output: one element more of a `Sequential`; else its forward is opened."""
-    (name,) = edit.paths
+    head.train(model.training)
     if type(model).forward is nn.Sequential.forward:
         model.add_module(name, head)
         return model
@@ -87,10 +84,8 @@ def put(model: nn.Module, inputs: Inputs, edit: AttachHead, head: nn.Module) -> 
     return opened(model, *graphs, replacements={name: head}, output_hooks=False)
 
 
-def check_features(model: nn.Module, net: nn.Module, inputs: Inputs, edit: AttachHead) -> tuple[str, ...]:
+def check_features(model: nn.Module, net: nn.Module, inputs: Inputs, name: str) -> tuple[str, ...]:
     """What reaches the new head is what the model gave before."""
-
-    (name,) = edit.paths
 
     def features(module: nn.Module, given: Inputs) -> Any:
         caught: list[Any] = []

@@ -10,7 +10,7 @@ from torch import nn
 
 from torchtrim.edits.head_fit import input_shape, outputs_in, run_once, try_head
 from torchtrim.edits.head_layers import stack
-from torchtrim.edits.head_record import AttachHead, HeadRequest, type_name
+from torchtrim.edits.head_request import HeadRequest
 from torchtrim.errors import EditError, HeadError
 from torchtrim.graph.check import flatten
 from torchtrim.graph.copying import is_meta, structural_copy
@@ -37,8 +37,8 @@ def own_heads(model: nn.Module, inputs: Inputs) -> list[Site]:
 
 def make(
     model: nn.Module, own: list[Site], inputs: Inputs, wanted: HeadRequest
-) -> tuple[AttachHead, dict[str, nn.Module]]:
-    """The record, and the new layers by path."""
+) -> tuple[int | None, int, dict[str, nn.Module]]:
+    """How many outputs the new head has, the width of its features, and the new layers by path."""
     paths = tuple(site.name for site in own)
     given = _given(wanted.head, paths)
     num_classes = wanted.num_classes
@@ -54,26 +54,15 @@ def make(
             reference = next(iter(old.parameters()), next(iter(model.parameters()), None))
             if reference is not None:
                 new[path].to(device=reference.device, dtype=reference.dtype)
-        new[path].train(old.training)
-    edit = AttachHead(
-        num_classes,
-        None,
-        wanted.hidden,
-        wanted.dropout,
-        None,
-        _width_in(model, paths[0], inputs),
-        paths,
-        tuple(type(model.get_submodule(path)).__name__ for path in paths),
-        tuple(type_name(module) for module in given.values()) if given is not None else (),
-    )
-    return edit, new
+    return num_classes, _width_in(model, paths[0], inputs), new
 
 
-def put(net: nn.Module, edit: AttachHead, new: dict[str, nn.Module]) -> nn.Module:
+def put(net: nn.Module, num_classes: int | None, new: dict[str, nn.Module]) -> nn.Module:
     """The model, changed: its heads replaced wherever they are referred to, and the attributes that count them."""
     for path, layer in new.items():
         old = net.get_submodule(path)
-        _tell_the_truth(net, path, _count_of(old), edit.num_classes)
+        layer.train(old.training)
+        _tell_the_truth(net, path, _count_of(old), num_classes)
         for parent in list(net.modules()):
             for name, child in parent._modules.items():
                 if child is old:
@@ -82,12 +71,17 @@ def put(net: nn.Module, edit: AttachHead, new: dict[str, nn.Module]) -> nn.Modul
 
 
 def check_outputs(
-    model: nn.Module, net: nn.Module, inputs: Inputs, edit: AttachHead, user_hooks: bool
+    model: nn.Module,
+    net: nn.Module,
+    inputs: Inputs,
+    paths: tuple[str, ...],
+    num_classes: int | None,
+    user_hooks: bool,
 ) -> tuple[str, ...]:
     """The model runs in both modes, and its outputs are those of before but for the new width."""
     if is_meta(net):
         return ("not run: the model is on the meta device",)
-    widths = {_count_of(model.get_submodule(path)) or edit.in_features for path in edit.paths}
+    widths = {_count_of(model.get_submodule(path)) or _width_in(model, path, inputs) for path in paths}
     done, changed = [], False
     for training in (False, True):
         given = inputs.with_batch(max(inputs.batch, 2)) if training else inputs
@@ -99,17 +93,17 @@ def check_outputs(
         try:
             after = _shapes(net, given, training, user_hooks)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise HeadError(f"the model does not run with the new head: {error}", path=edit.paths[0]) from error
+            raise HeadError(f"the model does not run with the new head: {error}", path=paths[0]) from error
         for name, shape in after.items():
             old = before.get(name, ())
             differ = [(was, now) for was, now in zip(old, shape, strict=False) if was != now]
             changed = changed or bool(differ)
-            right = all(was in widths and now == edit.num_classes for was, now in differ)
-            if edit.num_classes is not None and (len(old) != len(shape) or not right):
-                raise EditError("an output has not the new width", path=name, found=shape, expected=edit.num_classes)
+            right = all(was in widths and now == num_classes for was, now in differ)
+            if num_classes is not None and (len(old) != len(shape) or not right):
+                raise EditError("an output has not the new width", path=name, found=shape, expected=num_classes)
         done.append(f"{'train' if training else 'eval'}: runs, {', '.join(map(str, after.values()))}")
-    if edit.num_classes is not None and not changed and widths != {edit.num_classes}:
-        raise EditError("no output has the new width", path=edit.paths[0], expected=edit.num_classes)
+    if num_classes is not None and not changed and widths != {num_classes}:
+        raise EditError("no output has the new width", path=paths[0], expected=num_classes)
     return tuple(done)
 
 

@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
 from torchtrim.bench.table import Table
+from torchtrim.edits.edit import Edit, to_json, to_yaml
+from torchtrim.errors import EditError
 from torchtrim.graph.copying import unwrap
 from torchtrim.graph.execution import known_inputs, spec_of
 from torchtrim.graph.inputs import Inputs
 
 _ATTRIBUTE = "_torchtrim_history"
 _INPUTS = "_torchtrim_inputs"
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One change to a model, complete: what was asked and what was decided from the model.
-
-    Attributes:
-        kind: The name of the edit, in records and recipes.
-        version: The version of the record's form.
-    """
-
-    kind: ClassVar[str] = "edit"
-    version: ClassVar[int] = 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        values = {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
-        return {"kind": self.kind, "version": self.version, **values}
-
-    def __str__(self) -> str:
-        given = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
-        return f"{self.kind}({', '.join(given)})"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
+_FACTORY = "_torchtrim_factory"  # how the model was made, where that is known: goes with it through its edits
 
 
 @dataclass(frozen=True)
@@ -56,6 +31,7 @@ class Applied:
         params_after: How many it has since.
         notes: What the user should know of it.
         checked: What was compared with the original, in words.
+        removed: The paths and addresses that are gone since, the outermost of each.
     """
 
     edit: Edit
@@ -63,16 +39,32 @@ class Applied:
     params_after: int
     notes: tuple[str, ...] = ()
     checked: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+    def to_dict(self, *, weights: bool = True) -> dict[str, Any]:
+        """Plain data, for JSON; `weights` as for `Edit.to_dict`."""
         return {
-            "edit": self.edit.to_dict(),
+            "edit": self.edit.to_dict(weights=weights),
             "params_before": self.params_before,
             "params_after": self.params_after,
             "notes": list(self.notes),
             "checked": list(self.checked),
+            "removed": list(self.removed),
         }
+
+    @staticmethod
+    def from_dict(data: Any) -> Applied:
+        """The entry that `to_dict` wrote.
+
+        Raises:
+            EditError: It is not such data.
+        """
+        try:
+            texts = {name: tuple(map(str, data[name])) for name in ("notes", "checked", "removed")}
+            before, after = (int(data[name]) for name in ("params_before", "params_after"))
+            return Applied(Edit.from_dict(data["edit"]), before, after, **texts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise EditError(f"not an entry of a history: {error!r}", found=type(data).__name__) from error
 
 
 @dataclass(frozen=True)
@@ -94,9 +86,47 @@ class History:
         """The records alone."""
         return tuple(entry.edit for entry in self.entries)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return {"origin": self.origin, "inputs": self.inputs, "entries": [entry.to_dict() for entry in self.entries]}
+    def to_dict(self, *, weights: bool = True) -> dict[str, Any]:
+        """Plain data, for JSON; `weights` as for `Edit.to_dict`."""
+        entries = [entry.to_dict(weights=weights) for entry in self.entries]
+        return {"origin": self.origin, "inputs": self.inputs, "entries": entries}
+
+    @staticmethod
+    def from_dict(data: Any) -> History:
+        """The history that `to_dict` wrote.
+
+        Raises:
+            EditError: It is not such data; says which entry.
+        """
+        if not isinstance(data, Mapping) or not isinstance(data.get("entries"), list):
+            raise EditError("not a history", found=type(data).__name__, expected="origin, inputs and entries")
+        inputs = data.get("inputs")
+        if inputs is not None and not isinstance(inputs, Mapping):
+            raise EditError("not the shapes of inputs", path="inputs", found=type(inputs).__name__)
+        entries = []
+        for index, item in enumerate(data["entries"]):
+            try:
+                entries.append(Applied.from_dict(item))
+            except EditError as error:
+                where = f"entries[{index}].{error.path or 'edit'}"
+                raise EditError(
+                    error.message, path=where, found=error.found, expected=error.expected, hint=error.hint
+                ) from error
+        return History(str(data.get("origin")), None if inputs is None else dict(inputs), tuple(entries))
+
+    def to_json(self, *, weights: bool = True) -> str:
+        """The whole history as JSON text."""
+        return json.dumps(self.to_dict(weights=weights), indent=2)
+
+    def edits_as(self, form: str, *, weights: bool = True) -> str:
+        """The records alone as text in `"json"` or `"yaml"`, for `apply` on a fresh model.
+
+        Raises:
+            EditError: Another form.
+        """
+        if form not in ("json", "yaml"):
+            raise EditError("no such form", found=form, expected="json or yaml")
+        return (to_json if form == "json" else to_yaml)(self.edits, weights=weights)
 
     def _table(self) -> Table:
         rows = tuple(
@@ -138,6 +168,8 @@ def record(before: nn.Module, after: nn.Module, inputs: Inputs, applied: Applied
     shapes = spec_of(inputs)
     after.__dict__[_ATTRIBUTE] = replace(past, inputs=shapes, entries=(*past.entries, applied))
     after.__dict__[_INPUTS] = shapes
+    if _FACTORY in before.__dict__:
+        after.__dict__[_FACTORY] = before.__dict__[_FACTORY]
 
 
 def count_params(model: nn.Module) -> int:

@@ -6,7 +6,7 @@ import copy
 import gc
 import random
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -133,13 +133,17 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> Any:
     return twin
 
 
-def full_copy(model: nn.Module) -> nn.Module:
+def full_copy(model: nn.Module, *, but: Iterable[nn.Module] = ()) -> nn.Module:
     """A copy that shares nothing with the original.
+
+    Args:
+        model: The model.
+        but: Modules in it that are not copied: the copy holds the very same.
 
     Raises:
         ModelError: The model holds something that cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(module): module for module in but}
     for module in model.modules():
         for name, value in module.__dict__.items():
             if name != "_modules" and isinstance(value, (torch.Tensor, dict, list)):

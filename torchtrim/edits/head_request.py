@@ -1,45 +1,16 @@
-"""What is asked of a new head, and the record of one that was attached."""
+"""What is asked of a new head, checked."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
 from torchtrim.edits.head_layers import LAYOUTS, POOLS
-from torchtrim.edits.history import Edit
 from torchtrim.errors import HeadError
-
-
-@dataclass(frozen=True)
-class AttachHead(Edit):
-    """A new head.
-
-    Attributes:
-        num_classes: How many outputs it has; `None` where the head was given and has no single width.
-        pool: How features are pooled; `None` for a head that replaced the model's own, or works at every place.
-        hidden: Widths of the layers before the last.
-        dropout: Dropout probability before the last layer.
-        layout: Where the channels of the features are; `None` for a head that replaced the model's own.
-        in_features: The width of the features.
-        paths: Where the new head, or heads, are.
-        replaced: The classes of the layers that were there before; empty after a cut.
-        given: The classes of the modules the user gave, as `module:name`; empty where they were made here.
-    """
-
-    kind: ClassVar[str] = "attach_head"
-    num_classes: int | None = None
-    pool: str | None = None
-    hidden: tuple[int, ...] = ()
-    dropout: float = 0.0
-    layout: str | None = None
-    in_features: int | None = None
-    paths: tuple[str, ...] = ()
-    replaced: tuple[str, ...] = ()
-    given: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,8 +60,3 @@ def _count(value: Any, name: str) -> int:
     if number < 1 or isinstance(value, bool):
         raise HeadError(f"{name} is a whole number above 0", found=value)
     return number
-
-
-def type_name(module: nn.Module) -> str:
-    """The class of a module, as `module:name`."""
-    return f"{type(module).__module__}:{type(module).__qualname__}"
