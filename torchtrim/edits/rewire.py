@@ -5,7 +5,7 @@ Only that module is read, as it is called in the model: what is around it need n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +84,11 @@ class Room:
     def functions(self, name: str) -> list[tuple[fx.Node, ...]]:
         """The calls of functions or methods of this name, likewise."""
         return self._calls(lambda node: node.op in ("call_function", "call_method") and _is_named(node, name))
+
+    def function_names(self) -> list[str]:
+        """The names of all functions and methods that the forward calls, in order."""
+        nodes = (node for graph in self.graphs for node in graph.nodes if node.op in ("call_function", "call_method"))
+        return [function_name(node.target) for node in nodes if node.target not in GUARDS]
 
     def value(self, node: fx.Node) -> tuple[Any, Any]:
         """The fake values of a node that was read, at two batch sizes.
@@ -190,6 +195,56 @@ def _keep_attributes(source: nn.Module, target: nn.Module) -> None:
             target.__dict__[name] = value
 
 
+def run_copy(
+    model: nn.Module,
+    inputs: Inputs,
+    training: bool,
+    watch: Callable[[nn.Module], None],
+    fake: FakeTensorMode | None = None,
+) -> bool:
+    """Run a copy of a model once, on shapes alone where that is possible; returns whether it took the users' hooks.
+
+    Args:
+        model: The model. It is left as it was.
+        inputs: What to run it on.
+        training: In which mode.
+        watch: Called with the copy before it runs, to put hooks on it; again, where another try is needed.
+        fake: The mode that the shapes belong to.
+
+    Raises:
+        EditError: The model does not run.
+    """
+    fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
+    with_hooks = (False, True) if has_function_hooks(model) else (False,)
+    # A forward that depends on values has to be run; one of the user's hooks may change a shape.
+    ways = [(shapes_only, hooks) for hooks in with_hooks for shapes_only in (True, False)]
+    for shapes_only, hooks in ways[:-1]:
+        with suppress(Exception):
+            _run_once(model, inputs, training, watch, fake if shapes_only else None, hooks)
+            return hooks
+    try:
+        _run_once(model, inputs, training, watch, None, ways[-1][1])
+    except Exception as error:
+        reason = f"the model does not run on the example inputs: {error}"
+        raise EditError(reason, found=inputs.describe()) from error
+    return ways[-1][1]
+
+
+def _run_once(
+    model: nn.Module,
+    inputs: Inputs,
+    training: bool,
+    watch: Callable[[nn.Module], None],
+    fake: FakeTensorMode | None,
+    user_hooks: bool,
+) -> None:
+    twin = structural_copy(model, own_buffers=True, user_hooks=user_hooks).train(training)
+    watch(twin)
+    given = inputs.fresh() if fake is None else inputs.map(lambda tensor: fake.from_tensor(tensor.detach()))
+    with kept_random_state(), torch.no_grad(), no_fused_attention(), nullcontext() if fake is None else fake:
+        given.call(twin)
+
+
 class _RoomReader:
     """Reads one module of a model as it is called there, on copies."""
 
@@ -251,32 +306,17 @@ class _RoomReader:
     def _captured(self, training: bool, batch: int) -> list[Any]:
         """What the module is given at each of its calls, as fake tensors."""
         inputs = self.inputs.with_batch(batch)
-        # A forward that depends on values has to be run; one of the user's hooks may change a shape.
-        ways = [
-            (fake, hooks) for hooks in (False, True)[: 1 + has_function_hooks(self.model)] for fake in (True, False)
-        ]
         if not self.path:
             return [self._faked((inputs.args, inputs.kwargs))]
-        for fake, self.user_hooks in ways[:-1]:
-            with suppress(Exception):
-                return self._run(inputs, training, fake)
-        fake, self.user_hooks = ways[-1]
-        try:
-            return self._run(inputs, training, fake)
-        except Exception as error:
-            raise EditError(
-                f"the model does not run on the example inputs: {error}", found=inputs.describe()
-            ) from error
-
-    def _run(self, inputs: Inputs, training: bool, fake: bool) -> list[Any]:
-        twin = structural_copy(self.model, own_buffers=True, user_hooks=self.user_hooks).train(training)
         calls: list[Any] = []
-        twin.get_submodule(self.path).register_forward_pre_hook(
-            lambda _module, args, kwargs: calls.append(self._faked((args, kwargs))), with_kwargs=True
-        )
-        given = inputs.map(self.fake.from_tensor) if fake else inputs.fresh()
-        with torch.no_grad(), no_fused_attention(), self.fake if fake else nullcontext():
-            given.call(twin)
+
+        def watch(twin: nn.Module) -> None:
+            calls.clear()
+            twin.get_submodule(self.path).register_forward_pre_hook(
+                lambda _module, args, kwargs: calls.append(self._faked((args, kwargs))), with_kwargs=True
+            )
+
+        self.user_hooks = run_copy(self.model, inputs, training, watch, self.fake)
         return calls
 
     def _faked(self, value: Any) -> Any:
