@@ -1,0 +1,1 @@
+"""Models as one safe file: `save` and `load`, without pickle."""

@@ -1,0 +1,339 @@
+"""The file: tensors and text in the safetensors format, with a checksum for each, put in place whole or not at all.
+
+Any safetensors reader opens it. The metadata of the header holds `torchtrim_format` (the version of the format),
+`torchtrim` (text, see `document`), `torchtrim_dtypes` (types that safetensors does not know; such tensors are stored as
+their bytes, in one more dimension) and two checksums, CRC-32 in eight hexadecimal digits: `torchtrim_tensors` one of
+each tensor, in the order of the file, and `torchtrim_header` one of the header, with zeros in its own place. They are
+against accidents. Nothing in a file is believed because its checksum is right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from torchtrim.errors import CheckpointDamaged, CheckpointError, CheckpointTooNew
+
+FORMAT = 1
+_HEADER_LIMIT = 100_000_000  # bytes: safetensors' own
+_ALIGNMENT = 64
+_NO_SUM = "00000000"
+_THREADS = 4
+_KEYS = ("torchtrim_format", "torchtrim", "torchtrim_dtypes", "torchtrim_header", "torchtrim_tensors")
+_NAMES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+    torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_RAW = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.uint16, torch.uint32, torch.uint64, torch.complex32, torch.complex64, torch.complex128,
+        torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
+    )
+}  # fmt: skip
+
+
+def storable(dtype: torch.dtype) -> bool:
+    """Whether a file can hold tensors of this type."""
+    return dtype in _NAMES or dtype in _RAW.values()
+
+
+def write(path: Path, text: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a file next to its place, flush it to the disk, and put it in its place in one step.
+
+    A kill at any moment leaves the old file or the new one (and, at worst, a file `.NAME.*.partial` beside it). One
+    tensor at a time is brought to the CPU.
+
+    Raises:
+        CheckpointError: It cannot be written there.
+    """
+    place = Path(os.path.realpath(path))  # where it is a link, the link stays
+    partial = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("xb") as file:
+            _fill(file, text, tensors)
+            file.flush()
+            os.fsync(file.fileno())
+        if place.exists():
+            partial.chmod(place.stat().st_mode & 0o7777)
+        partial.replace(place)
+        _flush_folder(place.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot be written: {error.strerror or error}", path=path) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _fill(file: IO[bytes], text: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    # Wide types first: then every tensor lies at a multiple of its item's size, as safetensors has it.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    table: dict[str, Any] = {}
+    raw: dict[str, str] = {}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        shape, kind = list(tensor.shape), _NAMES.get(tensor.dtype)
+        if kind is None:
+            raw[name], kind = str(tensor.dtype).removeprefix("torch."), "U8"
+            shape.append(tensor.dtype.itemsize)
+        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        table[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+
+    def header(sums: str, own: str) -> bytes:
+        texts = (str(FORMAT), text, json.dumps(raw, ensure_ascii=False), own, sums)
+        content = {"__metadata__": dict(zip(_KEYS, texts, strict=True)), **table}
+        data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+        return data + b" " * (-(8 + len(data)) % _ALIGNMENT)
+
+    length = len(header(_NO_SUM * len(names), _NO_SUM))
+    if length > _HEADER_LIMIT:
+        raise CheckpointError("too much to describe", found=f"{length:,} bytes", expected=f"{_HEADER_LIMIT:,} or less")
+    file.seek(8 + length)
+    sums = ""
+    for name in names:
+        data = _bytes_of(tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous())
+        sums += f"{zlib.crc32(data):08x}"
+        file.write(data)
+    file.seek(0)
+    file.write(length.to_bytes(8, "little"))
+    file.write(header(sums, f"{zlib.crc32(header(sums, _NO_SUM)):08x}"))
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush the folder's own entry, where the system has that."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    crc: int
+
+
+@dataclass(frozen=True)
+class Container:
+    """A file whose header was read and checked; its tensors are read when asked for.
+
+    Attributes:
+        path: The file.
+        text: What `write` was given.
+        entries: Its tensors, by name.
+    """
+
+    path: Path
+    text: str
+    entries: Mapping[str, Entry]
+
+    def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Read tensors, each into memory of its own, and check them against their checksums.
+
+        Raises:
+            CheckpointDamaged: One was altered; names it.
+            CheckpointError: They cannot be read, or do not fit into memory.
+        """
+        wanted = list(names)
+        # Largest first, so that the threads end together. Reading and checksums both leave the interpreter free.
+        order = sorted(wanted, key=lambda name: self.entries[name].begin - self.entries[name].end)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = dict(zip(order, pool.map(self._tensor, order), strict=True))
+        return {name: found[name] for name in wanted}
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        entry = self.entries[name]
+        try:
+            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        except RuntimeError as error:
+            raise CheckpointError(f"a tensor cannot be made: {error}", path=self.path, found=name) from error
+        data = _bytes_of(tensor)
+        with _reading(self.path), self.path.open("rb", buffering=0) as file:
+            file.seek(entry.begin)
+            done = 0
+            while done < len(data):
+                count = file.readinto(data[done:])
+                if not count:
+                    raise _damaged(self.path, "was cut short while it was read", f"{name!r} ends early")
+                done += count
+        if zlib.crc32(data) != entry.crc:
+            raise _damaged(self.path, "was altered: a tensor has not its checksum", name)
+        return tensor
+
+
+def read(path: Path) -> Container:
+    """Open a file: its header is checked, nothing else is read.
+
+    Raises:
+        CheckpointDamaged: It is no such file, was cut short, or altered; says which.
+        CheckpointTooNew: It has a format that this version does not know.
+        CheckpointError: It cannot be opened.
+    """
+    with _reading(path):
+        if path.exists() and not path.is_file():
+            raise CheckpointError("not a file", path=path)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(9)
+            length = int.from_bytes(start[:8], "little")
+            if len(start) < 9 or start[8:] != b"{":
+                pickled = start[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
+                raise _damaged(
+                    path,
+                    "not a .trim file",
+                    "a file of torch.save, which is pickle" if pickled else f"{size:,} bytes that are not safetensors",
+                    hint="torch.load, if you trust it, then tt.save" if pickled else None,
+                )
+            if length > _HEADER_LIMIT:
+                raise _damaged(path, "its header is too large", f"{length:,} bytes", f"{_HEADER_LIMIT:,} or less")
+            if size < 8 + length:
+                raise _damaged(path, "was cut short", f"{size:,} bytes", f"{8 + length:,} of the header alone")
+            header = start[8:] + file.read(length - 1)
+    content = _parsed(path, header)
+    texts = _texts(path, content.pop("__metadata__", {}), header)
+    entries = _entries(path, content, texts, 8 + length)
+    end = max((entry.end for entry in entries.values()), default=8 + length)
+    if size != end:
+        what = "was cut short" if size < end else "has more in it than its header says"
+        raise _damaged(path, what, f"{size:,} bytes", f"{end:,}")
+    return Container(path, texts["torchtrim"], entries)
+
+
+def parsed(text: str | bytes) -> Any:
+    """JSON, strictly: every key once, numbers that are numbers, as deep as Python can read.
+
+    Raises:
+        ValueError: It is not that.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key comes twice")
+        return found
+
+    def number(name: str) -> float:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=number)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def _parsed(path: Path, header: bytes) -> dict[str, Any]:
+    try:
+        content = parsed(header)
+    except ValueError as error:
+        raise _damaged(path, f"its header is not JSON: {error}", None) from error
+    if not isinstance(content, dict):
+        raise _damaged(path, "its header is not an object", type(content).__name__)
+    return content
+
+
+def _texts(path: Path, metadata: Any, header: bytes) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _damaged(path, "its metadata are not texts", type(metadata).__name__)
+    version = metadata.get("torchtrim_format")
+    if version is None:
+        hint = "safetensors.torch.load_file, then model.load_state_dict"
+        raise _damaged(path, "a safetensors file that torchtrim did not write", sorted(metadata)[:8] or None, hint=hint)
+    if version != str(FORMAT):
+        if version.isascii() and version.isdigit() and int(version[:9]) > FORMAT:
+            found = f"format {version[:20]}"
+            raise CheckpointTooNew(
+                "written by a later version", path=path, found=found, expected=FORMAT, hint="a newer torchtrim"
+            )
+        raise _damaged(path, "no such format", version[:20], FORMAT)
+    if set(metadata) != set(_KEYS):
+        raise _damaged(path, "its metadata are not those of the format", sorted(metadata)[:8], sorted(_KEYS))
+    own = metadata["torchtrim_header"]
+    before, mark, after = header.partition(f'"torchtrim_header":"{own}"'.encode())
+    blank = before + f'"torchtrim_header":"{_NO_SUM}"'.encode() + after
+    if not mark or f"{zlib.crc32(blank):08x}" != own:
+        raise _damaged(path, "was altered: its header has not its checksum", own[:20])
+    return metadata
+
+
+def _entries(path: Path, table: dict[str, Any], texts: dict[str, str], start: int) -> dict[str, Entry]:
+    try:
+        raw = parsed(texts["torchtrim_dtypes"])
+    except ValueError as error:
+        raise _damaged(path, f"its table of types is not JSON: {error}", None) from error
+    sums = texts["torchtrim_tensors"]
+    if not isinstance(raw, dict) or not set(raw) <= set(table) or len(sums) != 8 * len(table):
+        raise _damaged(path, "its tables do not belong together", f"{len(table)} tensors, {len(sums) // 8} checksums")
+    entries: dict[str, Entry] = {}
+    end = start
+    for position, (name, item) in enumerate(table.items()):
+        entry = _entry(item, raw.get(name), sums[8 * position : 8 * position + 8], start)
+        if entry is None:
+            raise _damaged(path, "an entry of its header is not a tensor", name)
+        if entry.begin != end:
+            what = "overlap" if entry.begin < end else "leave a hole"
+            raise _damaged(path, f"its tensors {what}", name)
+        end = entry.end
+        entries[name] = entry
+    return entries
+
+
+def _entry(item: Any, raw: Any, crc: str, start: int) -> Entry | None:
+    """A tensor's entry; `None` where it is none."""
+    if not isinstance(item, dict) or set(item) != {"dtype", "shape", "data_offsets"}:
+        return None
+    kind, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
+    if not isinstance(kind, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+        return None
+    dtype = _DTYPES.get(kind)
+    if raw is not None:
+        dtype = _RAW.get(raw) if isinstance(raw, str) and kind == "U8" else None
+        if dtype is None or not shape or shape.pop() != dtype.itemsize:
+            return None
+    if dtype is None or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+        return None
+    with contextlib.suppress(ValueError):
+        return Entry(dtype, tuple(shape), start + offsets[0], start + offsets[1], int(crc, 16))
+    return None
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 2**48 for n in value)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", path=path) from error
+
+
+def _damaged(
+    path: Path, message: str, found: object, expected: object = None, hint: str | None = None
+) -> CheckpointDamaged:
+    return CheckpointDamaged(message, path=path, found=found, expected=expected, hint=hint)

@@ -1,0 +1,154 @@
+"""The text in a file's header: everything about the model that is not a tensor, as checked JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from torchtrim.checkpoint.container import parsed
+from torchtrim.edits.history import History
+from torchtrim.edits.weights import Weights
+from torchtrim.errors import CheckpointDamaged, EditError
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class FactoryPart(_Part):
+    """What makes the model: a name, and arguments in the form of `plain`."""
+
+    name: str
+    arguments: Any
+
+
+class WeightsPart(_Part):
+    """Tensors of an edit: the place in the history that they belong to, and their names there.
+
+    They are the file's tensors `edits.NUMBER.NAME`.
+    """
+
+    at: list[str | int]
+    names: list[str]
+
+
+class OptimizerPart(_Part):
+    """An optimizer: its class, its groups (with the parameters' names), its state by parameter; see `optimizer`."""
+
+    type: str
+    groups: list[Any]
+    state: dict[str, Any]
+
+
+class Document(_Part):
+    """Everything about a model that is not a tensor.
+
+    Attributes:
+        torchtrim: The version of torchtrim that wrote it.
+        versions: The versions of torch, and of the package that the factory is in.
+        factory: What makes the model as it was before the edits; `None` where that is not known.
+        history: As `History.to_dict`, without tensors.
+        weights: Where in the history the tensors belong.
+        parameters: Which tensors of the model are parameters.
+        tied: Further names of one tensor.
+        shared: Names of parameters and buffers in the memory of another.
+        strides: Of tensors that do not lie row by row.
+        flags: Parameters without a gradient, and buffers with.
+        training: Training flags by path, each for all below it that is not named.
+        settings: Plain attributes that the factory does not set so, by path, in the form of `plain`.
+        loose: Tensors that are plain attributes: the file's tensors `loose.NAME`.
+        optimizer: An optimizer's state; `None` without one.
+    """
+
+    torchtrim: str
+    versions: dict[str, str]
+    factory: FactoryPart | None
+    history: dict[str, Any]
+    weights: list[WeightsPart]
+    parameters: list[str]
+    tied: dict[str, str]
+    shared: dict[str, str]
+    strides: dict[str, list[int]]
+    flags: list[str]
+    training: dict[str, bool]
+    settings: dict[str, dict[str, Any]]
+    loose: list[str]
+    optimizer: OptimizerPart | None
+
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps(self.model_dump(), ensure_ascii=False, separators=(",", ":"))
+
+    @staticmethod
+    def of(path: Path, text: str) -> Document:
+        """The document in a file's text.
+
+        Raises:
+            CheckpointDamaged: It is none; says where.
+        """
+        try:
+            return Document.model_validate(parsed(text))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            message = f"its description is not one that torchtrim writes: {where}: {first['msg']}"
+            raise CheckpointDamaged(message, path=path, found=str(first["input"])[:60]) from error
+        except ValueError as error:
+            raise CheckpointDamaged(f"its description is not JSON: {error}", path=path) from error
+
+
+def weights_in(past: History) -> list[tuple[list[str | int], Weights]]:
+    """Every set of tensors in a history's records, with the place where `History.to_dict` has it."""
+    return [
+        (["entries", number, "edit", *at], weights)
+        for number, edit in enumerate(past.edits)
+        for at, weights in _weights(edit, [])
+    ]
+
+
+def _weights(value: Any, at: list[str | int]) -> Iterator[tuple[list[str | int], Weights]]:
+    inner: Iterator[tuple[str | int, Any]]
+    if isinstance(value, Weights):
+        yield at, value
+        return
+    if is_dataclass(value) and not isinstance(value, type):
+        inner = ((item.name, getattr(value, item.name)) for item in fields(value) if item.compare)
+    elif isinstance(value, Mapping):
+        inner = ((str(key), item) for key, item in value.items())
+    elif isinstance(value, (tuple, list)):
+        inner = iter(enumerate(value))
+    else:
+        return
+    for key, item in inner:
+        yield from _weights(item, [*at, key])
+
+
+def history_with(path: Path, data: dict[str, Any], weights: list[tuple[list[str | int], Weights]]) -> History:
+    """The history in a document, its tensors back in their places.
+
+    Raises:
+        CheckpointDamaged: A record is wrong, or of a kind that this version does not know; or a place is not there.
+    """
+    for at, held in weights:
+        inner: Any = data
+        try:
+            for key in at[:-1]:
+                inner = inner[key]
+            if inner[at[-1]] is not None:
+                raise KeyError(at[-1])
+            inner[at[-1]] = held
+        except (LookupError, TypeError) as error:
+            where = ".".join(map(str, at))
+            raise CheckpointDamaged("tensors of an edit have no place in its record", path=path, found=where) from error
+    try:
+        return History.from_dict(data)
+    except EditError as error:
+        message = f"its history cannot be read: {error.path}: {error.message}"
+        raise CheckpointDamaged(
+            message, path=path, found=error.found, expected=error.expected, hint=error.hint
+        ) from error

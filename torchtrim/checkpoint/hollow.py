@@ -1,0 +1,141 @@
+"""Models without weights: shapes and types that take no memory, so that a model is rebuilt before its weights are read.
+
+A hollow parameter is a single zero, expanded to its shape. Unlike one on the meta device it can be read and computed
+with, next to buffers that are real, which constructors and edits do.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakIdKeyDictionary
+
+from torchtrim.errors import CheckpointError, TorchTrimError
+from torchtrim.graph.copying import kept_random_state
+from torchtrim.graph.structure import leaves, map_leaves
+
+
+def hollow(make: Callable[[], nn.Module]) -> nn.Module:
+    """The model that `make` makes, hollow. Its parameters are turned to the meta device as they are registered.
+
+    Where the constructor does not get on with that (it reads a parameter's values), it is made in the ordinary way, and
+    its weights dropped afterwards. The random state stays as it was.
+
+    Raises:
+        TorchTrimError: `make` does, in the ordinary way too.
+    """
+    with kept_random_state():
+        try:
+            with _parameters_on_meta():
+                model = make()
+        except Exception as error:
+            if isinstance(error, TorchTrimError) and not isinstance(error.__cause__, Exception):
+                raise  # a name or an argument is wrong: the constructor was never called
+            model = make()
+        else:
+            if _computed_from_parameters(model):
+                model = make()
+    emptied(model)
+    return model
+
+
+def emptied(model: nn.Module) -> None:
+    """Make a model's parameters hollow, in place; tied ones stay tied."""
+    swap(model, {parameter: _hollow(parameter) for parameter in model.parameters() if not is_lazy(parameter)})
+
+
+def swap(model: nn.Module, new: Mapping[torch.Tensor, torch.Tensor]) -> None:
+    """Put other tensors in the place of some, wherever a model's modules refer to them: in lists and dicts too."""
+
+    def other(tensor: torch.Tensor) -> torch.Tensor:
+        return new.get(tensor, tensor)
+
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if name == "_modules" or not any(tensor in new for tensor in _tensors(value)):
+                continue
+            if name in ("_parameters", "_buffers"):
+                for key, held in value.items():
+                    value[key] = None if held is None else other(held)
+            else:
+                module.__dict__[name] = map_leaves(value, torch.Tensor, other)
+
+
+@contextmanager
+def bounded(limit: int) -> Iterator[None]:
+    """Refuse parameters and buffers that are registered with more than `limit` bytes, before anything is written there.
+
+    Raises:
+        CheckpointError: One is that large.
+    """
+    thread = threading.get_ident()
+
+    def refuse(module: nn.Module, name: str, tensor: Any) -> None:
+        if threading.get_ident() != thread or not isinstance(tensor, torch.Tensor) or is_lazy(tensor):
+            return
+        size = tensor.numel() * tensor.dtype.itemsize
+        if size > limit:
+            raise CheckpointError(
+                "the file asks for a tensor out of all proportion to its size",
+                path=f"{type(module).__name__}.{name}",
+                found=f"{size:,} bytes",
+                expected=f"{limit:,} or less",
+            )
+
+    with ExitStack() as stack:
+        for register in (register_module_parameter_registration_hook, register_module_buffer_registration_hook):
+            stack.callback(register(refuse).remove)
+        yield
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Turn the parameters that this thread registers to the meta device. Buffers are left: constructors read them."""
+    thread = threading.get_ident()
+    made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a parameter that is registered twice stays one
+
+    def turn(module: nn.Module, name: str, parameter: Any) -> nn.Parameter | None:
+        if threading.get_ident() != thread or type(parameter) is not nn.Parameter or parameter.is_meta:
+            return None
+        if parameter not in made:
+            empty = torch.empty_like(parameter, device="meta", requires_grad=False)
+            made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        found: nn.Parameter = made[parameter]
+        return found
+
+    handle = register_module_parameter_registration_hook(turn)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _computed_from_parameters(model: nn.Module) -> bool:
+    """Whether a tensor besides the parameters has lost its values: the constructor computed it from them."""
+    parameters = set(model.parameters())
+    return any(
+        tensor.is_meta and tensor not in parameters
+        for module in model.modules()
+        for name, value in module.__dict__.items()
+        if name not in ("_modules", "_parameters")
+        for tensor in _tensors(value)
+    )
+
+
+def _hollow(parameter: nn.Parameter) -> nn.Parameter:
+    zero = torch.zeros((), dtype=parameter.dtype)
+    return nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return leaves(value, torch.Tensor) if isinstance(value, (torch.Tensor, dict, list, tuple)) else []

@@ -1,0 +1,107 @@
+"""Make a model again, without its weights: from what made it first, and its edits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchtrim.checkpoint.hollow import bounded, emptied, hollow
+from torchtrim.checkpoint.origin import Factory
+from torchtrim.edits.apply import run
+from torchtrim.edits.history import History, history
+from torchtrim.edits.module_spec import Trusted
+from torchtrim.errors import CheckpointError, CheckpointMismatch, TorchTrimError
+from torchtrim.graph.copying import kept_random_state, paused_collection, structural_copy
+from torchtrim.graph.execution import inputs_from_spec
+from torchtrim.graph.inputs import Inputs
+
+_ELEMENTS = 2**28  # of all recorded inputs: 1 GB, sixteen hundred pictures
+
+
+def rebuilt(start: Factory | nn.Module, past: History, *, trusted: Trusted, limit: int) -> nn.Module:
+    """The model that the edits of `past` make of `start`, with hollow parameters (see `hollow`).
+
+    Args:
+        start: What makes the model; or the model, which is left as it was. One that has the first of these edits
+            already gets the others.
+        past: The edits.
+        trusted: Factories and classes that may be called though they are not of a known package.
+        limit: Bytes that a single tensor may take.
+
+    Raises:
+        CheckpointUntrusted: The factory is not allowed.
+        CheckpointMismatch: It makes a model on which the edits cannot be done.
+        CheckpointError: It cannot be made.
+    """
+    try:
+        with kept_random_state(), paused_collection(), bounded(limit):
+            model = hollow(lambda: start.make(trusted)) if isinstance(start, Factory) else _emptied_copy(start)
+            return _edited(model, past, trusted)
+    except CheckpointError:
+        raise
+    except TorchTrimError as error:
+        made = start.name if isinstance(start, Factory) else type(start).__name__
+        where = f"{error.path}: " if error.path is not None else ""
+        raise CheckpointMismatch(
+            f"the model cannot be made again from {made}: {where}{error.message}",
+            found=error.found,
+            expected=error.expected,
+            hint=error.hint,
+        ) from error
+    except (MemoryError, RuntimeError, OverflowError, RecursionError) as error:
+        made = start.name if isinstance(start, Factory) else type(start).__name__
+        raise CheckpointMismatch(f"the model cannot be made again from {made}: {error}") from error
+
+
+def _emptied_copy(model: nn.Module) -> nn.Module:
+    copied = structural_copy(model)
+    emptied(copied)
+    return copied
+
+
+def _edited(model: nn.Module, past: History, trusted: Trusted) -> nn.Module:
+    done = len(history(model).edits)
+    if history(model).edits != past.edits[:done]:
+        raise CheckpointMismatch(
+            "the given model has other edits than the file",
+            found=[str(edit) for edit in history(model).edits],
+            expected=[str(edit) for edit in past.edits],
+            hint="a model as it was before the edits",
+        )
+    if done == len(past.edits):
+        return model
+    return run(model, _inputs(past.inputs), past.edits[done:], copy=False, check=False, trusted=_classes(trusted))
+
+
+def _inputs(spec: dict[str, Any] | None) -> Inputs | None:
+    if spec is None:
+        return None
+    if _elements(spec) > _ELEMENTS:
+        raise CheckpointMismatch("the recorded example inputs are too large", found=f"{_elements(spec):,} values")
+    return inputs_from_spec(spec)
+
+
+def _elements(spec: Any) -> int:
+    """How many values the inputs in plain data would have."""
+    if isinstance(spec, dict):
+        shape = spec.get("shape")
+        if set(spec) == {"shape", "dtype"} and isinstance(shape, list):
+            if not all(type(size) is int and size >= 0 for size in shape):
+                raise CheckpointMismatch("the recorded example inputs have no such shape", found=str(shape)[:60])
+            return math.prod(shape)
+        return sum(map(_elements, spec.values()))
+    return sum(map(_elements, spec)) if isinstance(spec, list) else 0
+
+
+def _classes(trusted: Trusted) -> Trusted:
+    return [trusted] if isinstance(trusted, str) else trusted
+
+
+def placed(tensor: torch.Tensor, strides: list[int] | None, device: torch.device) -> torch.Tensor:
+    """A tensor that was read, in the order in memory that it had, on a device."""
+    if strides is not None:
+        tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+    return tensor.to(device)
