@@ -1,16 +1,15 @@
-"""Models by name: `timm:NAME`, `torchvision:NAME` or `package.module:function`.
+"""Models by name: `timm:NAME`, `torchvision:NAME`, `package.module:function`, or a `.trim` file.
 
-What the command line knows of a model zoo (how to build a model, which input it takes) is in this file; nothing below
-asks where a model came from.
+What the command line knows of a model zoo besides how to make its models (which input they take) is in this file.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchtrim.errors import MissingDependency, ModelError, nearest
+from torchtrim.checkpoint.load import load
+from torchtrim.checkpoint.origin import Factory, remember
+from torchtrim.checkpoint.plain import is_plain
+from torchtrim.checkpoint.zoo import ZOOS, check_name, from_zoo, pretrained_arguments, zoo
+from torchtrim.edits.history import recorded_inputs
+from torchtrim.edits.module_spec import Trusted
+from torchtrim.errors import ModelError, nearest
 from torchtrim.graph.copying import kept_random_state
 
 
@@ -37,19 +42,32 @@ class NamedModel:
     input_shape: tuple[int, ...] | None
 
 
-def load_model(name: str, *, pretrained: bool = False, weights: str | Path | None = None, seed: int = 0) -> NamedModel:
-    """Build the model of that name, in eval mode.
+def load_model(
+    name: str,
+    *,
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+    seed: int = 0,
+    arguments: Mapping[str, Any] | None = None,
+    trusted: Trusted = (),
+) -> NamedModel:
+    """Build, or load, the model of that name, in eval mode.
+
+    What made it is written on the model, so that `torchtrim.save` knows it.
 
     Args:
         name: `timm:NAME`, `torchvision:NAME`, or `package.module:function`, where the function is called without
             arguments (or with `pretrained=True`) and may be found in the current directory; it may also be a class, or
-            a model.
+            a model. Or a file that `torchtrim.save` wrote, by its name ending in `.trim`.
         pretrained: Load the weights its authors trained. They are downloaded when they are not in the cache.
         weights: A file with a `state_dict` to load into it, read without pickle.
         seed: The seed of the initial weights, so that the same name gives the same model again.
+        arguments: Keyword arguments for what makes it: `{"num_classes": 10}`.
+        trusted: Functions and classes that a `.trim` file may call, as for `torchtrim.load`.
 
     Raises:
         ModelError: No model has that name, it cannot be built, or the weights do not fit.
+        CheckpointError: A `.trim` file cannot be loaded; see `torchtrim.load`.
         MissingDependency: The name is timm's or torchvision's, and that is not installed.
 
     Example:
@@ -58,52 +76,56 @@ def load_model(name: str, *, pretrained: bool = False, weights: str | Path | Non
         (3, 160, 160)
     """
     source, colon, rest = name.partition(":")
-    if name.endswith(".trim"):
-        raise ModelError("reading .trim files is not in this version", path=name, hint="timm:NAME, torchvision:NAME")
-    if not colon or not source or not rest:
-        raise ModelError(
-            "not the name of a model",
-            path=name,
-            expected="timm:NAME, torchvision:NAME or package.module:function",
-            hint=f"timm:{name}" if name.isidentifier() else None,
-        )
-    build = {"timm": _from_timm, "torchvision": _from_torchvision}.get(source, _from_module)
     with kept_random_state():
         torch.manual_seed(seed)
-        model, shape = build(source, rest, pretrained)
-    if not isinstance(model, nn.Module):
-        raise ModelError("did not give a PyTorch model", path=name, found=type(model).__name__, expected="nn.Module")
+        if name.endswith(".trim"):
+            if pretrained or arguments:
+                raise ModelError(
+                    "a file holds its own weights, and knows how its model is made",
+                    path=name,
+                    found="pretrained" if pretrained else sorted(arguments or {}),
+                )
+            model, shape = _from_file(name, trusted)
+        elif not colon or not source or not rest:
+            raise ModelError(
+                "not the name of a model",
+                path=name,
+                expected="timm:NAME, torchvision:NAME, package.module:function or a .trim file",
+                hint=f"timm:{name}" if name.isidentifier() else None,
+            )
+        else:
+            build = _from_zoo if source in ZOOS else _from_module
+            model, shape = build(name, pretrained, dict(arguments or {}))
     if weights is not None:
         _load_weights(model, Path(weights))
     return NamedModel(name, model.eval(), shape)
 
 
-_Built = tuple[object, "tuple[int, ...] | None"]
+_Built = tuple[nn.Module, "tuple[int, ...] | None"]
 
 
-def _from_timm(source: str, name: str, pretrained: bool) -> _Built:
-    timm = _zoo("timm")
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
-        raise ModelError("timm has no such model", path=f"timm:{name}", hint=nearest(name, timm.list_models()))
-    model = _call("could not be built", f"timm:{name}", timm.create_model, name, pretrained=pretrained)
+def _from_file(name: str, trusted: Trusted) -> _Built:
+    with _current_directory():
+        model = load(name, trusted=trusted)
+    recorded = recorded_inputs(model)
+    if recorded is not None and len(recorded.tensors) == 1:
+        return model, tuple(recorded.tensors[0].shape[1:])
     return model, _configured_shape(model)
 
 
-def _from_torchvision(source: str, name: str, pretrained: bool) -> _Built:
-    zoo = _zoo("torchvision.models")
-    if name not in zoo.list_models():
-        raise ModelError(
-            "torchvision has no such model", path=f"torchvision:{name}", hint=nearest(name, zoo.list_models())
-        )
-    weights = zoo.get_model_weights(name).DEFAULT
-    # googlenet and inception_v3 warn unless told whether to spend seconds on initial weights.
-    options: dict[str, Any] = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
-    if pretrained:
-        options = {"weights": weights}
-    elif "weights_backbone" in inspect.signature(zoo.get_model_builder(name)).parameters:
-        options = {"weights_backbone": None}  # else the backbone's weights are downloaded
-    model = _call("could not be built", f"torchvision:{name}", zoo.get_model, name, **options)
-    return model, _torchvision_shape(weights)
+def _from_zoo(name: str, pretrained: bool, arguments: dict[str, Any]) -> _Built:
+    source, _, short = name.partition(":")
+    if source == "timm":
+        model = from_zoo(name, {"pretrained": pretrained, **arguments})
+        shape = _configured_shape(model)
+    else:
+        check_name(name)
+        weights = zoo("torchvision.models").get_model_weights(short).DEFAULT
+        model = from_zoo(name, {**({"weights": weights} if pretrained else {}), **arguments})
+        shape = _torchvision_shape(weights)
+    if is_plain(arguments) and ":" not in short:
+        remember(model, Factory.of((name, {**(pretrained_arguments(name) if pretrained else {}), **arguments})))
+    return model, shape
 
 
 def _torchvision_shape(weights: Any) -> tuple[int, ...] | None:
@@ -118,14 +140,10 @@ def _torchvision_shape(weights: Any) -> tuple[int, ...] | None:
     return (3, height, width)
 
 
-def _from_module(source: str, attribute: str, pretrained: bool) -> _Built:
-    name = f"{source}:{attribute}"
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
+def _from_module(name: str, pretrained: bool, arguments: dict[str, Any]) -> _Built:
+    source, _, attribute = name.partition(":")
+    with _current_directory():
         module = _call("could not be imported", source, importlib.import_module, source)
-    finally:
-        sys.path.remove(here)
     target = getattr(module, attribute, None)
     if target is None:
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -136,8 +154,24 @@ def _from_module(source: str, attribute: str, pretrained: bool) -> _Built:
         raise ModelError("is not a function, a class or a model", path=name, found=type(target).__name__)
     if pretrained and "pretrained" not in inspect.signature(target).parameters:
         raise ModelError("takes no pretrained argument", path=name, hint="--weights FILE, or leave --pretrained out")
-    model = _call("could not be built", name, target, **({"pretrained": True} if pretrained else {}))
+    options = {**({"pretrained": True} if pretrained else {}), **arguments}
+    model = _call("could not be built", name, target, **options)
+    if not isinstance(model, nn.Module):
+        raise ModelError("did not give a PyTorch model", path=name, found=type(model).__name__, expected="nn.Module")
+    if is_plain(arguments):
+        remember(model, Factory.of((name, arguments)))
     return model, _configured_shape(model)
+
+
+@contextmanager
+def _current_directory() -> Iterator[None]:
+    """With the current directory among the places that modules are imported from."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def _call(what: str, path: str, function: Callable[..., object], *args: object, **options: object) -> Any:
@@ -154,13 +188,6 @@ def _configured_shape(model: object) -> tuple[int, ...] | None:
     config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
     return tuple(int(length) for length in size) if size else None
-
-
-def _zoo(module: str) -> Any:
-    package = module.partition(".")[0]
-    if importlib.util.find_spec(package) is None:
-        raise MissingDependency(f"{package} is not installed", hint='pip install "torchtrim[zoo]"')
-    return importlib.import_module(module)
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

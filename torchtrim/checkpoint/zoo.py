@@ -35,15 +35,11 @@ def from_zoo(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """
     source, _, short = name.partition(":")
     options = dict(arguments)
+    check_name(name)
     if source == "timm":
-        timm = zoo("timm")
-        if not short.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(short):
-            raise ModelError("timm has no such model", path=name, hint=nearest(short, timm.list_models()))
-        make = timm.create_model
+        make = zoo("timm").create_model
     else:
         models = zoo("torchvision.models")
-        if short not in models.list_models():
-            raise ModelError("torchvision has no such model", path=name, hint=nearest(short, models.list_models()))
         make = models.get_model
         if "weights" not in options and "weights_backbone" in _parameters(models, short):
             options["weights_backbone"] = None  # else the backbone's weights are downloaded
@@ -57,6 +53,21 @@ def from_zoo(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ModelError("did not give a PyTorch model", path=name, found=type(model).__name__)
     return model
+
+
+def check_name(name: str) -> None:
+    """Raise where a zoo has no model of that name (timm's names of other places, `hf-hub:...`, are left to timm).
+
+    Raises:
+        ModelError: There is none; its hint has the nearest.
+        MissingDependency: The package is not installed.
+    """
+    source, _, short = name.partition(":")
+    package = zoo("timm" if source == "timm" else "torchvision.models")
+    elsewhere = source == "timm" and short.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    known = elsewhere or (package.is_model(short) if source == "timm" else short in package.list_models())
+    if not known:
+        raise ModelError(f"{source} has no such model", path=name, hint=nearest(short, package.list_models()))
 
 
 def pretrained_arguments(name: str) -> dict[str, Any]:
