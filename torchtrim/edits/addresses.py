@@ -80,18 +80,29 @@ def callers(model: nn.Module, inputs: Inputs, path: str, training: bool) -> list
     return found
 
 
-def places(work: Work, address: str) -> list[tuple[Room, tuple[fx.Node, ...]]]:
+def places(work: Work, address: str, rooms: dict[str, Room] | None = None) -> list[tuple[Room, tuple[fx.Node, ...]]]:
     """Open the modules that make the calls an address names; with each, the call's node in each of its graphs.
 
     A path names all calls of its module, `path#k` one of them, and `path:function` the only call of that function.
+
+    Args:
+        work: The model that is worked on.
+        address: The address.
+        rooms: The modules that are open already, by path; those opened now are added.
 
     Raises:
         PathError: No such module or call, or several calls of a function.
         EditError: The module that makes the call cannot be opened, or makes it in each of several runs.
     """
     where = Address.of(work.model, address)
+    rooms = {} if rooms is None else rooms
+
+    def opened(path: str) -> Room:
+        rooms[path] = rooms.get(path) or open_room(work, path)
+        return rooms[path]
+
     if where.function is not None:
-        room = open_room(work, where.path)
+        room = opened(where.path)
         return [(room, _one(where, room))]
     if where.path == "":
         raise PathError(
@@ -103,14 +114,14 @@ def places(work: Work, address: str) -> list[tuple[Room, tuple[fx.Node, ...]]]:
         raise PathError("it is never called for these inputs", path=address, hint="a path that tt.trace lists")
     child = work.model.get_submodule(where.path)
     if where.number is None or (where.number == 0 and len(calls) == 1):
-        rooms = [open_room(work, owner) for owner in dict.fromkeys(call.owner for call in in_eval + in_train)]
-        return [(room, nodes) for room in rooms for nodes in room.modules(child)]
+        owners = dict.fromkeys(call.owner for call in in_eval + in_train)
+        return [(opened(owner), nodes) for owner in owners for nodes in opened(owner).modules(child)]
     if where.number >= len(calls):
         raise PathError("no such call", path=address, found=f"{len(calls)} calls", expected=f"#0 to #{len(calls) - 1}")
     call = calls[where.number]
     if any(other.owner == call.owner and other.run != call.run for other in calls):
         raise _several_runs(address, call.owner, where.path)
-    room = open_room(work, call.owner)
+    room = opened(call.owner)
     return [(room, room.modules(child)[call.position])]
 
 

@@ -6,7 +6,7 @@ Only that module is read, as it is called in the model: what is around it need n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -199,7 +199,7 @@ def run_copy(
     model: nn.Module,
     inputs: Inputs,
     training: bool,
-    watch: Callable[[nn.Module], None],
+    watch: Callable[[nn.Module], AbstractContextManager[Any] | None],
     fake: FakeTensorMode | None = None,
 ) -> bool:
     """Run a copy of a model once, on shapes alone where that is possible; returns whether it took the users' hooks.
@@ -208,7 +208,8 @@ def run_copy(
         model: The model. It is left as it was.
         inputs: What to run it on.
         training: In which mode.
-        watch: Called with the copy before it runs, to put hooks on it; again, where another try is needed.
+        watch: Called with the copy before it runs, to put hooks on it; again, where another try is needed. It may
+            return what to run it under.
         fake: The mode that the shapes belong to.
 
     Raises:
@@ -234,14 +235,14 @@ def _run_once(
     model: nn.Module,
     inputs: Inputs,
     training: bool,
-    watch: Callable[[nn.Module], None],
+    watch: Callable[[nn.Module], AbstractContextManager[Any] | None],
     fake: FakeTensorMode | None,
     user_hooks: bool,
 ) -> None:
     twin = structural_copy(model, own_buffers=True, user_hooks=user_hooks).train(training)
-    watch(twin)
+    around = watch(twin) or nullcontext()
     given = inputs.fresh() if fake is None else inputs.map(lambda tensor: fake.from_tensor(tensor.detach()))
-    with kept_random_state(), torch.no_grad(), no_fused_attention(), nullcontext() if fake is None else fake:
+    with kept_random_state(), torch.no_grad(), no_fused_attention(), nullcontext() if fake is None else fake, around:
         given.call(twin)
 
 
