@@ -1,0 +1,196 @@
+"""Check a model that lost channels: every shape is as foretold, and the rest computes what it did.
+
+The reference is the original whose layers ignore the deleted channels: the weights that read them are zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from torchtrim.edits.channel_labels import Mask, kept_indices
+from torchtrim.edits.channel_trace import Flow, Run, rerun, shape_after
+from torchtrim.edits.work import Work
+from torchtrim.errors import CheckFailed, EditError, GuardError
+from torchtrim.graph.check import Side, Variant, differs, run, variants
+from torchtrim.graph.copying import is_meta, structural_copy
+
+
+def check_shapes(work: Work, flow: Flow, gone: Mask, *, cut: bool) -> None:
+    """Run the narrowed model on fake tensors, and compare every shape with what the labels say it is.
+
+    Args:
+        work: The narrowed model, and its inputs.
+        flow: The channels, from before.
+        gone: The channels that went.
+        cut: Whether operators were taken out too: then the modules' outputs are compared.
+
+    Raises:
+        EditError: The forward does not follow: a width is written into it.
+    """
+    for before in flow.runs:
+        try:
+            after = rerun(work.model, work.inputs, before.training)
+        except EditError as error:
+            cause = error.__cause__ or error
+            raise EditError(f"the model does not run without these channels: {cause}", hint=_FOLLOW) from error
+        if cut:
+            _compare_calls(before, after, gone)
+        else:
+            _compare_steps(before, after, gone)
+
+
+_FOLLOW = "a layer whose channels are not taken apart by fixed numbers in a module's own forward"
+
+
+def _compare_steps(before: Run, after: Run, gone: Mask) -> None:
+    for step, found in zip(before.steps, after.steps, strict=False):
+        if step.name != found.name:
+            raise EditError(f"the forward takes another way at {step.where}", found=found.name, expected=step.name)
+        for (shape, label), (other, _) in zip(step.outputs, found.outputs, strict=False):
+            if not label.aside:
+                _expect(shape_after(shape, label, gone), other, step.where)
+        if len(step.outputs) != len(found.outputs):
+            raise EditError(f"the forward takes another way at {step.where}", hint=_FOLLOW)
+    if len(before.steps) != len(after.steps):
+        raise EditError("the forward takes another way", found=len(after.steps), expected=len(before.steps))
+
+
+def _compare_calls(before: Run, after: Run, gone: Mask) -> None:
+    for path, calls in after.calls.items():
+        for call, found in zip(before.calls.get(path, []), calls, strict=False):
+            for (shape, label), (other, _) in zip(call.outputs, found.outputs, strict=False):
+                _expect(shape_after(shape, label, gone), other, repr(path))
+
+
+def _expect(expected: tuple[int, ...] | None, found: tuple[int, ...], where: str) -> None:
+    if expected != found:
+        raise EditError(
+            f"the forward does not follow at {where}: a width is written there, or channels are taken apart",
+            found=found,
+            expected=expected or "channels that leave no gaps (the same ones of each part)",
+            hint=_FOLLOW,
+        )
+
+
+def check_values(work: Work, flow: Flow, gone: Mask) -> list[str]:
+    """Compare what the narrowed model computes with the original that ignores the deleted channels.
+
+    Returns:
+        What was checked, in words.
+
+    Raises:
+        CheckFailed: It computes something else, or does not run.
+    """
+    if is_meta(work.model):
+        return ["shapes of every operator, in both modes", "not run: the model is on the meta device"]
+    told = ["shapes of every operator, in both modes"]
+    mixed = any(bool(gone[layer].any()) for layer in flow.channels.mixed)
+    reference = _ignoring(work.before, flow, gone)
+    for variant in variants(work.inputs):
+        before = flow.runs[variant.training]
+        exact = not mixed and not before.unclear and not (variant.training and before.random)
+        try:
+            expected = run(Side(reference), variant, gradients=False).outputs
+        except Exception as error:  # noqa: BLE001 -- whatever the user's model raises: it does not take these inputs
+            told.append(f"{variant.name}: not checked, the original refuses it ({type(error).__name__})")
+            continue
+        found = _result(work, variant)
+        if found is None:
+            told.append(f"{variant.name}: refused, the graph holds for the example's size")
+        elif not exact:
+            why = "a norm or sum over the deleted channels" if mixed else "random numbers"
+            told.append(f"{variant.name}: runs ({why}: equality cannot be expected)")
+        else:
+            difference = differs(_narrowed(expected, before, gone), found)
+            if difference is not None:
+                raise CheckFailed(f"it does not compute what the original does in {variant.name}: {difference}")
+            told.append(f"{variant.name}: equal to the original that ignores these channels")
+    return told
+
+
+def _result(work: Work, variant: Variant) -> Any:
+    try:
+        return run(Side(work.model), variant).outputs
+    except GuardError as error:
+        if "size" not in variant.name:
+            raise CheckFailed(f"it does not run in {variant.name}: {error}") from error
+        return None
+    except Exception as error:
+        raise CheckFailed(f"it does not run in {variant.name}: {type(error).__name__}: {error}") from error
+
+
+def _narrowed(outputs: Any, before: Run, gone: Mask) -> Any:
+    """The reference's outputs without the channels that went from the model's own outputs."""
+    labels = iter([label for _, label in before.calls[""][0].outputs])
+
+    def narrow(tensor: torch.Tensor) -> torch.Tensor:
+        for layer in next(labels).layers:
+            for axis, mask in (kept_indices(layer, gone) or {}).items():
+                if not mask.all():
+                    tensor = tensor.index_select(axis, torch.as_tensor(np.flatnonzero(mask), device=tensor.device))
+        return tensor
+
+    return pytree.tree_map_only(torch.Tensor, narrow, outputs)
+
+
+def _ignoring(model: nn.Module, flow: Flow, gone: Mask) -> nn.Module:
+    """The original with zeros where a weight reads a channel that went; a branch that was taken out gives zeros."""
+    twin = structural_copy(model)
+    reads = np.zeros(flow.channels.count, dtype=bool)
+    for layer in flow.channels.consumed:
+        reads[layer] = True
+    reads &= gone
+    new: dict[int, nn.Parameter] = {}
+    for module in twin.modules():
+        for name, parameter in module._parameters.items():
+            label = None if parameter is None else flow.tensors.get(id(parameter))
+            if parameter is None or label is None or not any(bool(reads[layer].any()) for layer in label.layers):
+                continue
+            if id(parameter) not in new:
+                values = parameter.detach().clone()
+                for layer in label.layers:
+                    values[torch.as_tensor(np.broadcast_to(reads[layer], values.shape).copy())] = 0
+                new[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            module._parameters[name] = new[id(parameter)]
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+    modules = dict(twin.named_modules())
+    for path in {path for each in flow.runs for path, calls in each.calls.items() if dead_call(calls)}:
+        modules[path].register_forward_hook(_Silent())
+    return twin
+
+
+def dead_call(calls: list[Any]) -> bool:
+    """Whether all that a module returns goes."""
+    labels = [label for call in calls for _, label in call.outputs]
+    return bool(labels) and all(label.dead for label in labels)
+
+
+class _Silent:
+    """A hook that gives zeros. Not a function: copies are run without those."""
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, torch.zeros_like, output)
+
+
+def refuse_unequal(flow: Flow, gone: Mask) -> None:
+    """Raise where groups would keep different numbers of channels.
+
+    Raises:
+        EditError: They would; says where and how many.
+    """
+    for part in flow.channels.parts:
+        left = (~gone[part.channels]).sum(axis=1)
+        counts = set(left.tolist())
+        if len(counts - {0} if part.whole else counts) > 1:
+            raise EditError(
+                f"the groups of {part.where} would keep different numbers of channels",
+                found=left.tolist(),
+                expected=f"as many in each of the {len(left)} groups",
+                hint="as many channels of every group" + (", or whole groups" if part.whole else ""),
+            )

@@ -1,0 +1,193 @@
+"""Channel labels: which channel each index of a tensor belongs to, and which channels must go together.
+
+A *channel* is a number. The label of a tensor is a list of layers: whole-number arrays with as many dimensions as the
+tensor, of its size where the channel differs along a dimension and of size 1 elsewhere. A weight `(out, in, 3, 3)` has
+the layers `(out, 1, 1, 1)` and `(1, in, 1, 1)`; after `flatten`, an activation `(batch, channels, 7, 7)` has one layer
+`(1, channels * 49)` in which every channel stands 49 times. So an operator that moves values moves labels by the same
+rule, and two tensors that are added tell that their channels go together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Layer: TypeAlias = npt.NDArray[np.int64]
+Mask: TypeAlias = npt.NDArray[np.bool_]
+
+FIXED = 0  # the channel of what cannot be deleted
+
+
+def varying(layer: Layer) -> frozenset[int]:
+    """The dimensions along which a layer tells channels apart.
+
+    Example:
+        >>> sorted(varying(np.zeros((1, 4, 1, 2), dtype=np.int64)))
+        [1, 3]
+    """
+    return frozenset(axis for axis, size in enumerate(layer.shape) if size > 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Label:
+    """What is known of one tensor.
+
+    Attributes:
+        layers: Its layers.
+        static: Whether it is computed from parameters and constants alone.
+        dead: Whether all of it goes: it belongs to a branch that is taken out.
+        aside: Whether it is a by-product (saved statistics) that nothing in a forward reads.
+    """
+
+    layers: tuple[Layer, ...] = ()
+    static: bool = False
+    dead: bool = False
+    aside: bool = False
+
+
+@dataclass(frozen=True)
+class EqualParts:
+    """Channels in parts (the groups of a grouped layer), of which each must keep as many as the others.
+
+    Attributes:
+        channels: `(parts, size)`.
+        whole: Whether whole parts may go.
+        where: The call that asks for it.
+    """
+
+    channels: Layer
+    whole: bool
+    where: str
+
+
+@dataclass(eq=False)
+class Channels:
+    """All channels of a model, and what ties them.
+
+    Attributes:
+        count: How many there are; 0 is the one that stands for all that cannot be deleted.
+        mixed: Channels over which something is computed that depends on all of them (a layer norm): the rest computes
+            something else once one is gone.
+        consumed: Channels of weights, along the dimension that is summed over.
+        doomed: Channels of branches that are taken out.
+        parts: What must stay equal.
+    """
+
+    count: int = 1
+    mixed: list[Layer] = field(default_factory=list)
+    consumed: list[Layer] = field(default_factory=list)
+    doomed: list[Layer] = field(default_factory=list)
+    parts: list[EqualParts] = field(default_factory=list)
+    _links: list[tuple[Layer, Layer, str]] = field(default_factory=list)
+    _implied: list[tuple[Layer, Layer, str]] = field(default_factory=list)
+
+    def new(self, shape: Sequence[int]) -> Layer:
+        """New channels, in an array of this shape."""
+        size = int(np.prod(shape))
+        layer = np.arange(self.count, self.count + size, dtype=np.int64).reshape(tuple(shape))
+        self.count += size
+        return layer
+
+    def leaf(self, shape: Sequence[int], *, static: bool = True) -> Label:
+        """The label of a tensor that is not computed from others: channels of its own along every dimension."""
+        layers = []
+        for axis, size in enumerate(shape):
+            if size > 1:
+                layers.append(self.new([size if each == axis else 1 for each in range(len(shape))]))
+        return Label(tuple(layers), static=static)
+
+    def link(self, one: Layer, other: Layer, why: str) -> None:
+        """Say that channels go together, each with the one at its place in the other array."""
+        left, right = np.broadcast_arrays(one, other)
+        self._links.append((left.ravel(), right.ravel(), why))
+
+    def pin(self, layer: Layer, why: str) -> None:
+        """Say that channels cannot be deleted."""
+        self.link(layer, np.full((), FIXED, dtype=np.int64), why)
+
+    def implies(self, all_of: Layer, then: Layer, why: str) -> None:
+        """Say that if all of some channels go, others have to."""
+        self._implied.append((all_of.ravel(), then.ravel(), why))
+
+    def whole(self, one: Layer, other: Layer, why: str) -> None:
+        """Say that where all channels in a row of one array go, all those in the same row of the other go too."""
+        for left, right in zip(one, other, strict=True):
+            self.implies(left, right, why)
+            self.implies(right, left, why)
+
+    def fixed_along(self, layer: Layer, axes: Iterable[int], why: str) -> Layer | None:
+        """The layer without some dimensions, which cannot be narrowed: along them, all goes or nothing does.
+
+        `None` where it varies along no others: then none of it can be deleted.
+        """
+        along = varying(layer) & frozenset(axes)
+        if not along:
+            return layer
+        if along == varying(layer):
+            self.pin(layer, why)
+            return None
+        first = layer[tuple(slice(0, 1) if axis in along else slice(None) for axis in range(layer.ndim))]
+        self.link(layer, first, why)
+        return first
+
+    def closure(self, wanted: Mask) -> Mask:
+        """Whether each channel goes, where some are to go. What cannot be deleted is told by `obstacles`."""
+        gone = wanted.copy()
+        one, other = self._edges()
+        while True:
+            count = int(gone.sum())
+            gone[other[gone[one]]] = True
+            gone[one[gone[other]]] = True
+            if int(gone.sum()) > count:
+                continue
+            for before, after, _ in self._implied:
+                if before.size and gone[before].all():
+                    gone[after] = True
+            gone[FIXED] = False
+            if int(gone.sum()) == count:
+                return gone
+
+    def obstacles(self, gone: Mask) -> list[str]:
+        """Why some of the channels that would have to go cannot."""
+        found = [
+            why
+            for left, right, why in self._links
+            if (((left == FIXED) & gone[right]) | ((right == FIXED) & gone[left])).any()
+        ]
+        found += [why for before, after, why in self._implied if before.size and gone[before].all() and not after.all()]
+        return list(dict.fromkeys(found))
+
+    def _edges(self) -> tuple[Layer, Layer]:
+        if not self._links:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        pairs = np.stack([np.concatenate([link[side] for link in self._links]) for side in (0, 1)])
+        pairs = np.unique(pairs[:, (pairs[0] != pairs[1]) & (pairs != FIXED).all(axis=0)], axis=1)
+        return pairs[0], pairs[1]
+
+
+def kept_indices(layer: Layer, gone: Mask) -> dict[int, Mask] | None:
+    """For each dimension the indices that stay; `None` where what stays has gaps.
+
+    Example:
+        >>> layer = np.array([[1, 2], [3, 4]])
+        >>> gone = np.array([False, True, False, True, False])
+        >>> kept_indices(layer, gone)
+        {0: array([ True,  True]), 1: array([False,  True])}
+        >>> gone[3] = False
+        >>> kept_indices(layer, gone) is None
+        True
+    """
+    stays = ~gone[layer]
+    found: dict[int, Mask] = {}
+    grid: Mask = np.ones((1,) * layer.ndim, dtype=bool)
+    for axis in sorted(varying(layer)):
+        others = tuple(each for each in range(layer.ndim) if each != axis)
+        found[axis] = stays.any(axis=others)
+        grid = np.logical_and(grid, found[axis].reshape([-1 if each == axis else 1 for each in range(layer.ndim)]))
+    if not stays.any():
+        return {axis: np.zeros(layer.shape[axis], dtype=bool) for axis in found}
+    return found if bool((grid == stays).all()) else None

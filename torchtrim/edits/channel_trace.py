@@ -1,0 +1,391 @@
+"""Run a model on fake tensors, in both modes, and follow the channels of every value through it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchtrim.edits.channel_labels import Channels, Label, Mask, kept_indices
+from torchtrim.edits.channel_math import rule_for
+from torchtrim.edits.channel_rules import OpCall, Shape, shape_of
+from torchtrim.errors import EditError, TorchTrimError
+from torchtrim.graph.copying import has_function_hooks, kept_random_state, structural_copy
+from torchtrim.graph.execution import no_fused_attention
+from torchtrim.graph.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator that was run.
+
+    Attributes:
+        name: The operator.
+        where: The call, in words.
+        path: The module that made it.
+        outputs: The shape and label of each tensor it gave.
+    """
+
+    name: str
+    where: str
+    path: str
+    outputs: tuple[tuple[Shape, Label], ...]
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """What a module was given and what it returned: the shape and label of each tensor.
+
+    Attributes:
+        given: Its positional arguments.
+        outputs: What it returned.
+    """
+
+    given: tuple[tuple[Shape, Label], ...]
+    outputs: tuple[tuple[Shape, Label], ...]
+
+
+@dataclass
+class Run:
+    """One forward in one mode.
+
+    Attributes:
+        training: The mode.
+        steps: Every operator, in order.
+        calls: The calls of each module, by its path (its first one), in the order of return.
+        random: Whether random numbers were drawn.
+        joints: The modules whose forward joins a branch that is taken out to others.
+        unclear: Whether a dead summand is not the output of a module: what the sum was without it cannot be told.
+    """
+
+    training: bool
+    steps: list[Step] = field(default_factory=list)
+    calls: dict[str, list[ModuleCall]] = field(default_factory=dict)
+    random: bool = False
+    joints: dict[str, None] = field(default_factory=dict)
+    unclear: bool = False
+
+
+@dataclass
+class Flow:
+    """The channels of a model: what `follow` found.
+
+    Attributes:
+        channels: All channels, and what ties them.
+        tensors: The label of every parameter and buffer, by the identity of the tensor.
+        runs: A forward in eval mode, and one in train mode.
+    """
+
+    channels: Channels
+    tensors: dict[int, Label]
+    runs: list[Run]
+
+
+def follow(model: nn.Module, inputs: Inputs, *, dead: frozenset[str] = frozenset()) -> Flow:
+    """Follow the channels of a model through its forward in both modes.
+
+    Nothing is computed but shapes. Parameters and buffers have channels along each of their dimensions; the model's
+    inputs have none, for they cannot be narrowed.
+
+    Args:
+        model: The model. It is left as it was.
+        inputs: Example inputs.
+        dead: Paths of modules whose output is to be taken out, with all that only comes of it.
+
+    Raises:
+        EditError: The forward cannot be followed on shapes alone, or cannot do without a dead branch.
+    """
+    channels = Channels()
+    tensors = {id(tensor): label for tensor, label in _labelled(model, channels)}
+    runs = []
+    for training in (False, True):
+        runs.append(_run(model, inputs, training, channels, tensors, dead))
+    return Flow(channels, tensors, runs)
+
+
+def rerun(model: nn.Module, inputs: Inputs, training: bool) -> Run:
+    """One forward of a model, for its shapes alone.
+
+    Raises:
+        EditError: It does not run.
+    """
+    return _run(model, inputs, training, None, {}, frozenset())
+
+
+def shape_after(shape: Shape, label: Label, gone: Mask) -> Shape | None:
+    """The shape of a value when channels are gone; `None` where what is left of it has gaps."""
+    kept: dict[int, Mask] = {}
+    for layer in label.layers:
+        indices = kept_indices(layer, gone)
+        if indices is None:
+            return None
+        for axis, mask in indices.items():
+            kept[axis] = kept.get(axis, mask) & mask
+    return tuple(int(kept[axis].sum()) if axis in kept else size for axis, size in enumerate(shape))
+
+
+def _labelled(model: nn.Module, channels: Channels) -> Iterator[tuple[torch.Tensor, Label]]:
+    """Every parameter and buffer with its label. In a grouped layer each group has input channels of its own."""
+    seen: set[int] = set()
+    for module in model.modules():
+        grouped = isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
+        for part in module.modules() if grouped else (module,):
+            for tensor in (*part._parameters.values(), *part._buffers.values()):
+                if tensor is None or id(tensor) in seen:
+                    continue
+                seen.add(id(tensor))
+                label = channels.leaf(shape_of(tensor))
+                if grouped and tensor.dim() > 2 and tensor.shape[1] > 1:
+                    label = _grouped(tensor, int(module.groups), channels)  # type: ignore[arg-type]
+                yield tensor, label
+
+
+def _grouped(weight: torch.Tensor, groups: int, channels: Channels) -> Label:
+    rows, columns = shape_of(weight)[:2]
+    ones = (1,) * (weight.dim() - 2)
+    table = channels.new((groups, columns)).repeat(rows // groups, axis=0)
+    label = channels.leaf((rows, 1, *shape_of(weight)[2:]))
+    return Label((*label.layers, table.reshape(rows, columns, *ones)), static=True)
+
+
+class _Follower(TorchDispatchMode):
+    """Sees every operator; keeps the label of every tensor."""
+
+    def __init__(self, run: Run, channels: Channels | None, dead: frozenset[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.run = run
+        self.channels = channels
+        self.dead = dead
+        self.known: dict[int, tuple[torch.Tensor, Label]] = {}
+        self.stack: list[tuple[str, nn.Module]] = []
+        self.returned: set[int] = set()
+
+    def label(self, tensor: torch.Tensor) -> Label:
+        """The label of a tensor: a constant has channels of its own."""
+        found = self.known.get(id(tensor))
+        if found is None:
+            label = Label(static=True) if self.channels is None else self.channels.leaf(shape_of(tensor))
+            self.give(tensor, label)
+            return label
+        return found[1]
+
+    def give(self, tensor: torch.Tensor, label: Label) -> None:
+        """Remember a tensor's label, and the tensor, so that no other gets its identity."""
+        self.known[id(tensor)] = (tensor, label)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
+        results = _tensors(out)
+        if not results:
+            return out
+        path, module = self.stack[-1] if self.stack else ("", None)
+        name = func._schema.name.partition("::")[2]
+        where = f"`{name}` in {path!r}" if path else f"`{name}` in the model's forward"
+        self.run.random |= torch.Tag.nondeterministic_seeded in func.tags
+        if self.channels is not None:
+            self._label(func, name, args, kwargs, out, results, where, module)
+        outputs = tuple((shape_of(each), self.label(each)) for each in results)
+        self.run.steps.append(Step(name, where, path, outputs))
+        return out
+
+    def _label(
+        self, func: Any, name: str, args: Any, kwargs: Any, out: Any, results: Any, where: str, module: Any
+    ) -> None:
+        channels = self.channels
+        given = _tensors((args, kwargs))
+        labels = [self.label(tensor) for tensor in given]
+        if not given or channels is None:
+            return
+        static = all(label.static for label in labels)
+        bound = _bound(func, args, kwargs)
+        call = OpCall(name.removesuffix("_"), bound, out, channels, self, where, module, static)
+        if any(label.dead for label in labels):
+            self._without_dead(call, func, given, labels, results)
+        else:
+            rule_for(func)(call)
+
+    def _without_dead(self, call: OpCall, func: Any, given: Any, labels: list[Label], results: Any) -> None:
+        """An operator that gets a value of a branch that is taken out."""
+        alive = [
+            (tensor, label)
+            for tensor, label in zip(given, labels, strict=True)
+            if not label.dead and not (label.static and tensor.dim() == 0)
+        ]
+        channels = call.channels
+        if not [label for _, label in alive if not label.static]:
+            for result in results:
+                self.give(result, Label(static=False, dead=True))
+        elif call.name == "cat":
+            for tensor, label in zip(given, labels, strict=True):
+                if label.dead:
+                    axis = call["dim"] % tensor.dim()
+                    layer = channels.new([size if each == axis else 1 for each, size in enumerate(tensor.shape)])
+                    channels.doomed.append(layer)
+                    self.give(tensor, Label((layer,) if layer.size > 1 else ()))
+            rule_for(func)(call)
+            for tensor, label in zip(given, labels, strict=True):
+                self.give(tensor, label)
+            self.run.joints[self.stack[-1][0]] = None
+        elif call.name == "add" and len(alive) == 1 and alive[0][0].shape == results[0].shape:
+            if call.arguments.get("alpha", 1) != 1 and call["self"] is not alive[0][0]:
+                raise EditError(f"the other summand is scaled by {call.where}: it cannot stand alone")
+            for result in results:
+                self.give(result, alive[0][1])
+            self.run.joints[self.stack[-1][0]] = None
+            self.run.unclear |= any(
+                label.dead and id(tensor) not in self.returned for tensor, label in zip(given, labels, strict=True)
+            )
+        else:
+            raise EditError(
+                f"every channel of a branch would go, and {call.where} cannot do without it",
+                expected="a branch that is concatenated, or added",
+                hint="tt.remove, or leave a channel",
+            )
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name, defaults included."""
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(func._schema.arguments):
+        if position < len(args):
+            bound[argument.name] = args[position]
+        elif argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def _run(
+    model: nn.Module,
+    inputs: Inputs,
+    training: bool,
+    channels: Channels | None,
+    tensors: dict[int, Label],
+    dead: frozenset[str],
+) -> Run:
+    failed: Exception | None = None
+    batches = dict.fromkeys((max(inputs.batch, 2), inputs.batch))
+    for hooks in (False, True)[: 1 + has_function_hooks(model)]:
+        for batch in batches:
+            try:
+                return _run_once(model, inputs.with_batch(batch), training, channels, tensors, dead, hooks)
+            except TorchTrimError:
+                raise
+            except Exception as error:  # noqa: BLE001 -- whatever a forward raises: another way may do
+                failed = failed or error
+    raise EditError(
+        f"the model's forward cannot be followed in {'train' if training else 'eval'} mode: {failed}",
+        found=inputs.describe(),
+    ) from failed
+
+
+def _run_once(
+    model: nn.Module,
+    inputs: Inputs,
+    training: bool,
+    channels: Channels | None,
+    tensors: dict[int, Label],
+    dead: frozenset[str],
+    hooks: bool,
+) -> Run:
+    run = Run(training)
+    follower = _Follower(run, channels, dead)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with ExitStack() as stack:
+        stack.enter_context(kept_random_state())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(no_fused_attention())
+        stack.enter_context(_plain_recurrence())
+        twin = _fake_twin(model, fake, tensors, follower, hooks).train(training)
+        stack.enter_context(fake)
+        given = inputs.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+        for tensor in given.tensors:
+            follower.give(tensor, Label())
+        _watch(twin, follower)
+        stack.enter_context(follower)
+        outputs = given.call(twin)
+    if channels is not None:
+        for label in map(follower.label, _tensors(outputs)):
+            if label.dead:
+                raise EditError("every channel of the model's output would go", hint="leave a channel")
+    return run
+
+
+def _fake_twin(
+    model: nn.Module, fake: FakeTensorMode, tensors: dict[int, Label], follower: _Follower, hooks: bool
+) -> nn.Module:
+    """The modules with fake tensors in place of parameters and buffers, all on the CPU, where operators are plain."""
+    twin = structural_copy(model, user_hooks=hooks)
+    memo: dict[int, Any] = {}
+    with fake:
+        for held in (*twin.parameters(), *twin.buffers()):
+            value: torch.Tensor = torch.empty(held.shape, dtype=held.dtype)
+            if isinstance(held, nn.Parameter):
+                if type(held) is not nn.Parameter:
+                    continue  # a subclass (quantized weights) may not have a fake form
+                value = nn.Parameter(value, requires_grad=False)
+            memo[id(held)] = value
+            if id(held) in tensors:
+                follower.give(value, tensors[id(held)])
+    return copy.deepcopy(twin, memo)
+
+
+def _watch(twin: nn.Module, follower: _Follower) -> None:
+    def enter(path: str) -> Callable[..., None]:
+        return lambda module, _args: follower.stack.append((path, module))
+
+    def leave(path: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            while follower.stack.pop()[1] is not module:
+                continue
+            found = _tensors(output)
+            if path in follower.dead:
+                for tensor in found:
+                    follower.give(tensor, Label(dead=True))
+            follower.returned.update(map(id, found))
+            follower.run.calls.setdefault(path, []).append(
+                ModuleCall(
+                    *(
+                        tuple((shape_of(each), follower.label(each)) for each in _tensors(side))
+                        for side in (args, output)
+                    )
+                )
+            )
+
+        return note
+
+    for path, module in twin.named_modules():
+        module.register_forward_pre_hook(enter(path), prepend=True)
+        module.register_forward_hook(leave(path))
+
+
+@contextmanager
+def _plain_recurrence() -> Iterator[None]:
+    """Keep recurrent layers from running as one operator whose parts cannot be followed."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
