@@ -73,11 +73,15 @@ def _prune(room: Room, graph: fx.Graph, dead_paths: set[str], modules: dict[int,
 
 
 def _shorten(node: fx.Node, dead: dict[fx.Node, None]) -> None:
+    """Concatenate what is left."""
     parts = node.args[0] if node.args else node.kwargs["tensors"]
     if not isinstance(parts, (tuple, list)):
         raise EditError("what is concatenated is not a list of values", found=str(parts))
     kept = [part for part in parts if part not in dead]
-    if node.args:
+    if len(kept) == 1:
+        node.replace_all_uses_with(kept[0])
+        dead[node] = None
+    elif node.args:
         node.update_arg(0, kept)
     else:
         node.update_kwarg("tensors", kept)

@@ -37,7 +37,9 @@ def check_shapes(work: Work, flow: Flow, gone: Mask, *, cut: bool) -> None:
             after = rerun(work.model, work.inputs, before.training)
         except EditError as error:
             cause = error.__cause__ or error
-            raise EditError(f"the model does not run without these channels: {cause}", hint=_FOLLOW) from error
+            raise EditError(
+                f"it does not run without these channels: {cause}", path=error.path, hint=_FOLLOW
+            ) from error
         if cut:
             _compare_calls(before, after, gone)
         else:
@@ -178,12 +180,21 @@ class _Silent:
         return pytree.tree_map_only(torch.Tensor, torch.zeros_like, output)
 
 
-def refuse_unequal(flow: Flow, gone: Mask) -> None:
-    """Raise where groups would keep different numbers of channels.
+def refuse_uneven(flow: Flow, gone: Mask) -> None:
+    """Raise where what stays of a value would have gaps, or groups would keep different numbers of channels.
 
     Raises:
-        EditError: They would; says where and how many.
+        EditError: It would; says where.
     """
+    for step in (step for each in flow.runs for step in each.steps):
+        for shape, label in step.outputs:
+            if shape_after(shape, label, gone) is None:
+                raise EditError(
+                    f"the parts into which {step.where} takes channels apart would lose different ones",
+                    found=f"a value of shape {list(shape)}",
+                    expected="the same channels of each part, or whole parts",
+                    hint="delete more: every channel at the same place of the other parts",
+                )
     for part in flow.channels.parts:
         left = (~gone[part.channels]).sum(axis=1)
         counts = set(left.tolist())

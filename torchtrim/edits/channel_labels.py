@@ -151,6 +151,19 @@ class Channels:
             if int(gone.sum()) == count:
                 return gone
 
+    def pinned(self) -> Mask:
+        """Whether each channel runs together with what cannot be deleted."""
+        found = np.zeros(self.count, dtype=bool)
+        for left, right, _ in self._links:
+            found[right[left == FIXED]] = True
+            found[left[right == FIXED]] = True
+        one, other = self._edges()
+        count = -1
+        while count != (count := int(found.sum())):
+            found[other[found[one]]] = True
+            found[one[found[other]]] = True
+        return found
+
     def obstacles(self, gone: Mask) -> list[str]:
         """Why some of the channels that would have to go cannot."""
         found = [
@@ -165,8 +178,8 @@ class Channels:
         if not self._links:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         pairs = np.stack([np.concatenate([link[side] for link in self._links]) for side in (0, 1)])
-        pairs = np.unique(pairs[:, (pairs[0] != pairs[1]) & (pairs != FIXED).all(axis=0)], axis=1)
-        return pairs[0], pairs[1]
+        pairs = pairs[:, (pairs[0] != pairs[1]) & (pairs != FIXED).all(axis=0)]
+        return np.divmod(np.unique(pairs[0] * self.count + pairs[1]), self.count)
 
 
 def kept_indices(layer: Layer, gone: Mask) -> dict[int, Mask] | None:
@@ -186,8 +199,8 @@ def kept_indices(layer: Layer, gone: Mask) -> dict[int, Mask] | None:
     grid: Mask = np.ones((1,) * layer.ndim, dtype=bool)
     for axis in sorted(varying(layer)):
         others = tuple(each for each in range(layer.ndim) if each != axis)
-        found[axis] = stays.any(axis=others)
-        grid = np.logical_and(grid, found[axis].reshape([-1 if each == axis else 1 for each in range(layer.ndim)]))
+        found[axis] = np.asarray(stays.any(axis=others))
+        grid = grid & found[axis].reshape([-1 if each == axis else 1 for each in range(layer.ndim)])
     if not stays.any():
         return {axis: np.zeros(layer.shape[axis], dtype=bool) for axis in found}
     return found if bool((grid == stays).all()) else None

@@ -239,7 +239,7 @@ def _plain(call: OpCall, tables: Sequence[Layer], read: Layer, groups: int, shap
     wide, size = shape[:2]
     written = next((table.reshape(-1) for table in tables if varying(table) == {0}), np.zeros(wide, np.int64))
     told = [table for table in tables if 1 in varying(table)]
-    by_output = np.broadcast_to(read.reshape(groups, 1, size), (groups, wide // groups, size)).reshape(wide, size)
+    by_output = read.reshape(groups, size).repeat(wide // groups if groups > 1 else 1, axis=0)
     for table in told:
         call.channels.link(table, by_output, call.where)
         call.channels.consumed.append(table)

@@ -206,7 +206,9 @@ def _from_call(module: nn.Module, call: ModuleCall, gone: Mask) -> None:
     if after is None or after == shape:
         return
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        module.normalized_shape = tuple(after[len(after) - len(module.normalized_shape) :])
+        weight = module.weight
+        shape_now = after[len(after) - len(module.normalized_shape) :] if weight is None else tuple(weight.shape)
+        module.normalized_shape = shape_now
     elif isinstance(module, nn.Unflatten) and isinstance(module.dim, int):
         axis = module.dim % (len(shape) - len(tuple(module.unflattened_size)) + 1)
         module.unflattened_size = tuple(after[axis : axis + len(tuple(module.unflattened_size))])

@@ -285,39 +285,34 @@ def _run(
     dead: frozenset[str],
 ) -> Run:
     failed: Exception | None = None
+    where = ""
     batches = dict.fromkeys((max(inputs.batch, 2), inputs.batch))
     for hooks in (False, True)[: 1 + has_function_hooks(model)]:
         for batch in batches:
+            follower = _Follower(Run(training), channels, dead)
             try:
-                return _run_once(model, inputs.with_batch(batch), training, channels, tensors, dead, hooks)
+                return _run_once(model, inputs.with_batch(batch), follower, tensors, hooks)
             except TorchTrimError:
                 raise
             except Exception as error:  # noqa: BLE001 -- whatever a forward raises: another way may do
-                failed = failed or error
+                if failed is None:
+                    failed, where = error, follower.stack[-1][0] if follower.stack else ""
     raise EditError(
         f"the model's forward cannot be followed in {'train' if training else 'eval'} mode: {failed}",
+        path=where or None,
         found=inputs.describe(),
     ) from failed
 
 
-def _run_once(
-    model: nn.Module,
-    inputs: Inputs,
-    training: bool,
-    channels: Channels | None,
-    tensors: dict[int, Label],
-    dead: frozenset[str],
-    hooks: bool,
-) -> Run:
-    run = Run(training)
-    follower = _Follower(run, channels, dead)
+def _run_once(model: nn.Module, inputs: Inputs, follower: _Follower, tensors: dict[int, Label], hooks: bool) -> Run:
+    run = follower.run
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
         stack.enter_context(kept_random_state())
         stack.enter_context(torch.no_grad())
         stack.enter_context(no_fused_attention())
         stack.enter_context(_plain_recurrence())
-        twin = _fake_twin(model, fake, tensors, follower, hooks).train(training)
+        twin = _fake_twin(model, fake, tensors, follower, hooks).train(run.training)
         stack.enter_context(fake)
         given = inputs.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         for tensor in given.tensors:
@@ -325,7 +320,7 @@ def _run_once(
         _watch(twin, follower)
         stack.enter_context(follower)
         outputs = given.call(twin)
-    if channels is not None:
+    if follower.channels is not None:
         for label in map(follower.label, _tensors(outputs)):
             if label.dead:
                 raise EditError("every channel of the model's output would go", hint="leave a channel")

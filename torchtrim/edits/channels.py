@@ -13,7 +13,7 @@ from torch import nn
 
 from torchtrim.edits.apply import run
 from torchtrim.edits.channel_branches import take_out
-from torchtrim.edits.channel_check import check_shapes, check_values, refuse_unequal
+from torchtrim.edits.channel_check import check_shapes, check_values, refuse_uneven
 from torchtrim.edits.channel_labels import FIXED, Layer, Mask, varying
 from torchtrim.edits.channel_narrow import narrow, narrowings, tell_the_truth
 from torchtrim.edits.channel_trace import Flow, follow
@@ -199,17 +199,20 @@ class _Asked:
     @staticmethod
     def of(model: nn.Module, flow: Flow, path: str, numbers: Iterable[int]) -> _Asked:
         name = _first_name(model, path)
-        outputs = [call.outputs[0] for each in flow.runs for call in each.calls.get(name, []) if call.outputs]
-        if not outputs:
+        calls = [call.outputs[0] for each in flow.runs for call in each.calls.get(name, []) if call.outputs]
+        if not calls:
             raise PathError(
                 "it is never called for these inputs, so it has no channels",
                 path=path,
                 hint="a path that tt.trace lists",
             )
-        shape = outputs[0][0]
-        axes = {axis for _, label in outputs for layer in label.layers for axis in varying(layer)}
+        shape = calls[0][0]
+        pinned = flow.channels.pinned()
+        free = [layer for _, label in calls for layer in label.layers if not pinned[layer].all()]
+        told = free or [layer for _, label in calls for layer in label.layers]
+        axes = {axis for layer in told for axis in varying(layer)}
         axis = next(iter(axes)) if len(axes) == 1 else _axis_of_one(shape)
-        layers = tuple(layer.reshape(-1) for _, label in outputs for layer in label.layers if varying(layer) == {axis})
+        layers = tuple(layer.reshape(-1) for layer in told if varying(layer) == {axis})
         if (
             len(axes) > 1
             or (not layers and shape[axis] > 1)
@@ -289,5 +292,5 @@ def _gone(flow: Flow, asked: Iterable[_Asked], output: bool) -> Mask:
                     found=f"an output of shape {list(shape)}",
                     hint="output=True, if the output may get narrower",
                 )
-    refuse_unequal(flow, gone)
+    refuse_uneven(flow, gone)
     return gone
