@@ -30,6 +30,10 @@ from torch import nn
 def tiny():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
 
+def deep():
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 4 * 4, 5))
+
 class Ids(nn.Module):
     def __init__(self):
         super().__init__()
@@ -77,7 +81,7 @@ def answer(result: Result) -> Any:
 def test_help_names_the_commands_and_exit_codes(run: Run) -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for text in ("inspect", "cut", "export", "verify", "bench", "demo", "Exit codes"):
+    for text in ("inspect", "cut", "export", "verify", "bench", "demo", "remove", "run", "recipe", "Exit codes"):
         assert text in result.stdout
 
 
@@ -99,8 +103,8 @@ def test_python_dash_m_gives_the_version_and_exit_codes() -> None:
     wrong = shell("inspect", "resnet18")
     assert wrong.returncode == 1
     assert wrong.stderr.strip().splitlines() == [
-        "torchtrim: resnet18: not the name of a model (expected: timm:NAME, torchvision:NAME or "
-        "package.module:function). Try: timm:resnet18"
+        "torchtrim: resnet18: not the name of a model (expected: timm:NAME, torchvision:NAME, "
+        "package.module:function or a .trim file). Try: timm:resnet18"
     ]
 
 
@@ -199,7 +203,8 @@ def test_shell_completion_offers_the_commands() -> None:
     environment = {**os.environ, "_TORCHTRIM_COMPLETE": "complete_bash", "COMP_WORDS": "torchtrim ", "COMP_CWORD": "1"}
     command = [sys.executable, "-c", "from torchtrim.cli import main; main()"]
     offered = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert {"inspect", "cut", "export", "verify", "bench", "demo"} <= set(offered.split())
+    commands = {"inspect", "cut", "export", "verify", "bench", "demo", "remove", "insert", "replace", "plan", "history"}
+    assert commands | {"run", "recipe"} <= set(offered.split())
 
 
 def test_export_dynamic_is_smaller(run: Run, tmp_path: Path) -> None:
@@ -239,7 +244,7 @@ def test_bench_times_models_and_files_side_by_side(run: Run, own_models: Path) -
     [
         (("inspect", "timm:test_resnt"), "test_resnet"),
         (("inspect", "torchvision:resnet81"), "resnet18"),
-        (("inspect", "net.trim"), "not in this version"),
+        (("inspect", "net.trim"), "net.trim"),
         (("inspect", "nosuchmodule:net"), "could not be imported"),
         (("inspect", "ownmodels:tinny"), "'tiny'"),
         (("inspect", "ownmodels:broken"), "no such setting"),
@@ -249,7 +254,7 @@ def test_bench_times_models_and_files_side_by_side(run: Run, own_models: Path) -
         (("inspect", "ownmodels:tiny", "--input", "1,3,8,8:Tensor"), "not a shape"),
         (("inspect", "ownmodels:tiny", "--input", "1,4,8,8"), "[1, 4, 8, 8]"),
         (("cut", "timm:test_resnet", "--after", "layer9", "--out", "a.onnx"), "layer"),
-        (("cut", "timm:test_resnet", "--after", "layer1", "--out", "a.txt"), ".onnx or .pt"),
+        (("cut", "timm:test_resnet", "--after", "layer1", "--out", "a.txt"), ".trim, .onnx or .pt"),
         (("cut", "timm:test_resnet", "--after", "layer1", "--out", "no/folder/a.onnx"), "no such folder"),
         (("export", "timm:test_resnet", "a.onnx", "--target", "tpu"), "tpu"),
         (("export", "timm:test_vit", "a.onnx", "--input", "1,3,100,100"), "[1, 3, 100, 100]"),
@@ -270,6 +275,119 @@ def test_errors_are_one_line(run: Run, own_models: Path, args: tuple[str, ...], 
     assert not Path("a.onnx").exists()
     told = json.loads(run(*args, "--json").stdout)["error"]
     assert set(told) == {"type", "message", "path", "found", "expected", "hint"}
+
+
+TINY = ("ownmodels:deep", "--input", "1,3,8,8")
+
+
+def test_remove_writes_each_format_and_a_file_is_a_model(run: Run, own_models: Path) -> None:
+    for name in ("net.trim", "net.onnx", "net.pt"):
+        told = answer(run("remove", *TINY, "2", "--out", name, "--json"))
+        told = told.get("summary", told)
+        assert "2" not in {row["path"] for row in told["rows"]}
+        assert Path(name).is_file()
+    read = answer(run("inspect", "net.trim", "--trust", "ownmodels:deep", "--json"))
+    assert "2" not in {row["path"] for row in read["rows"]}
+    assert run("verify", "net.onnx", "net.trim", "--trust", "ownmodels:deep").exit_code == 0
+    assert run("export", "net.trim", "again.onnx", "--trust", "ownmodels:deep").exit_code == 0
+    refused = run("inspect", "net.trim")
+    assert refused.exit_code == 1
+    assert "trusted" in refused.stderr
+
+
+def test_edits_one_after_the_other_and_their_history(run: Run, own_models: Path) -> None:
+    trust = ("--trust", "ownmodels:deep")
+    assert run("insert", *TINY, "nn.Dropout(0.2)", "--after", "1", "--out", "a.trim").exit_code == 0
+    assert run("replace", "a.trim", "nn.ReLU", "nn.ReLU6()", "--out", "b.trim", *trust).exit_code == 0
+    assert run("cut", "b.trim", "--after", "4", "--out", "c.trim", *trust).exit_code == 0
+    net = tt_load("c.trim")
+    assert [type(module).__name__ for module in net] == ["Conv2d", "ReLU6", "Dropout", "Conv2d", "ReLU6", "Conv2d"]
+    shown = run("history", "c.trim")
+    assert shown.exit_code == 0, shown.output
+    assert all(kind in shown.stdout for kind in ("insert", "replace", "cut"))
+    told = answer(run("history", "c.trim", "--json"))
+    assert [entry["edit"]["kind"] for entry in told["entries"]] == ["insert", "replace", "cut"]
+
+    records = run("history", "c.trim", "--edits")
+    Path("edits.yaml").write_text(records.stdout)
+    planned = answer(run("plan", *TINY, "edits.yaml", "--json"))
+    assert len(planned["steps"]) == 3
+    Path("r.yaml").write_text("model: ownmodels:deep\ninput: [1, 3, 8, 8]\nexport: null\nedits:\n" + records.stdout)
+    done = run("run", "r.yaml", "--out", "done", *trust)
+    assert done.exit_code == 0, done.output
+    assert all(map(torch.equal, tt_load("done/net.trim").state_dict().values(), net.state_dict().values()))
+
+
+def tt_load(path: str) -> Any:
+    return torchtrim.load(path, trusted=["ownmodels:deep"])
+
+
+def test_plan_says_what_would_be_done_and_writes_nothing(run: Run, own_models: Path) -> None:
+    before = sorted(Path().iterdir())
+    for args in (
+        ("remove", *TINY, "2", "--plan"),
+        ("insert", *TINY, "nn.ReLU()", "--before", "2", "--plan"),
+        ("replace", *TINY, "nn.ReLU", "nn.GELU()", "--plan"),
+    ):
+        result = run(*args)
+        assert result.exit_code == 0, result.output
+        assert "Plan for Sequential" in result.stdout
+        assert answer(run(*args, "--json"))["steps"][0]["edit"]["kind"] == args[0]
+    assert [path for path in sorted(Path().iterdir()) if path.name != "__pycache__"] == [
+        path for path in before if path.name != "__pycache__"
+    ]
+
+
+def test_remove_with_an_adapter_and_healing(run: Run, own_models: Path) -> None:
+    import numpy as np
+
+    np.save("x.npy", np.random.default_rng(0).standard_normal((32, 3, 8, 8), dtype=np.float32))
+    healed = run("remove", *TINY, "2", "--heal", "linear", "--data", "x.npy", "--out", "healed.trim")
+    assert healed.exit_code == 0, healed.output
+    refused = run("remove", *TINY, "4", "--adapter", "none", "--out", "no.trim")
+    assert refused.exit_code == 1
+    assert not Path("no.trim").exists()
+    assert run("remove", *TINY, "4", "--out", "adapted.trim").exit_code == 0
+
+
+def test_edits_ask_for_what_they_need(run: Run, own_models: Path) -> None:
+    for args, says in (
+        (("remove", *TINY, "2"), "--out"),
+        (("insert", *TINY, "nn.ReLU()", "--out", "a.trim"), "--after"),
+        (("insert", *TINY, "nn.ReLU()", "--after", "1", "--before", "2", "--out", "a.trim"), "--after"),
+        (("remove", *TINY, "2", "--heal", "linear", "--out", "a.trim"), "--data"),
+    ):
+        result = run(*args)
+        assert result.exit_code == 2, result.output
+        assert says in result.stderr
+    assert not Path("a.trim").exists()
+
+
+def test_a_recipe_from_new_to_run(run: Run, own_models: Path) -> None:
+    made = run("recipe", "new", "timm:test_resnet", "--input", "1,3,32,32", "--out", "r.yaml")
+    assert made.exit_code == 0, made.output
+    assert run("recipe", "new", "timm:test_resnet", "--out", "r.yaml").exit_code == 1
+    assert run("recipe", "new", "timm:test_resnet", "--input", "1,3,32,32").stdout == Path(
+        "r.yaml"
+    ).read_text().replace("r.yaml", "recipe.yaml")
+    setting = ("--set", "edits=[{cut: {after: layer2}}]", "--set", "export.benchmark=false")
+    planned = answer(run("run", "r.yaml", "--plan", *setting, "--json"))
+    assert planned["removed"]
+    told = answer(run("run", "r.yaml", *setting, "--out", "done", "--json"))
+    assert told["after"]["params"] < told["before"]["params"]
+    assert {path.name for path in Path("done").iterdir()} == {Path(file).name for file in told["files"].values()}
+    again = run("run", "r.yaml", *setting, "--out", "done")
+    assert again.exit_code == 1
+    assert "--overwrite" in again.stderr
+    assert run("run", "r.yaml", *setting, "--out", "done", "--overwrite").exit_code == 0
+    wrong = run("run", "r.yaml", "--set", "model.sed=3")
+    assert wrong.exit_code == 1
+    assert "model.sed" in wrong.stderr
+    assert "'seed'" in wrong.stderr
+
+
+def test_the_schema_is_json(run: Run) -> None:
+    assert "edits" in answer(run("recipe", "schema"))["properties"]
 
 
 def test_debug_shows_the_traceback(run: Run, tmp_path: Path) -> None:

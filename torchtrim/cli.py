@@ -6,27 +6,36 @@ torch is imported by the commands, not by this file, so that `torchtrim --help` 
 from __future__ import annotations
 
 import json
-import os
-import sys
-import tempfile
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from torchtrim.errors import ExportMismatch, InputError, TorchTrimError
-
-if TYPE_CHECKING:
-    import torch
-
-    from torchtrim.models import NamedModel
-
-_EXIT_CODES = (
-    "Exit codes: 0 done, 1 an error that torchtrim explains, 2 wrong usage, 3 a file that disagrees with its model."
+from torchtrim import cli_edits, cli_recipes
+from torchtrim.cli_options import (
+    EXIT_CODES,
+    Debug,
+    InputShapes,
+    Json,
+    Model,
+    Overwrite,
+    Pretrained,
+    Quantize,
+    Seed,
+    Target,
+    Trust,
+    Weights,
+    check_out,
+    example,
+    load,
+    load_named,
+    show,
+    tensors,
+    write,
 )
+from torchtrim.errors import ExportMismatch, InputError, TorchTrimError
 
 
 class _Commands(TyperGroup):
@@ -47,8 +56,8 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     help="Make a pretrained PyTorch model smaller, faster or fit for another task, without breaking it.\n\n"
-    "A MODEL is timm:NAME, torchvision:NAME, or package.module:function.",
-    epilog=_EXIT_CODES,
+    "A MODEL is timm:NAME, torchvision:NAME, package.module:function, or a FILE.trim.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -76,32 +85,7 @@ def _root(
     """Options before the command."""
 
 
-def _remember(ctx: typer.Context, option: typer.CallbackParam, value: bool) -> bool:
-    ctx.meta[str(option.name)] = value
-    return value
-
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME or package.module:function.")]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load the weights its authors trained.")]
-Weights = Annotated[Path | None, typer.Option(help="A state_dict to load into the model.", metavar="FILE")]
-InputShapes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input",
-        metavar="SHAPE[:TYPE]",
-        help="The shape of an input, batch first: 1,3,224,224 or 1,128:int64. Once for each input. "
-        "Left out: what the model's own configuration says.",
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Seed of random weights and inputs.", min=0, max=2**32 - 1)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")]
-Target = Annotated[str, typer.Option(help="Where the file will run: cpu or cuda.")]
-Quantize = Annotated[str | None, typer.Option(help="dynamic: int8 weights in the linear layers.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.", callback=_remember)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_remember)]
-
-
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def inspect(
     model: Model,
     input: InputShapes = None,
@@ -109,6 +93,7 @@ def inspect(
     pretrained: Pretrained = False,
     weights: Weights = None,
     seed: Seed = 0,
+    trust: Trust = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -118,21 +103,22 @@ def inspect(
     """
     import torchtrim as tt
 
-    named, x = _load(model, input, pretrained, weights, seed)
-    _show(tt.summary(named.model, x, depth=depth), json)
+    named, x = load(model, input, pretrained, weights, seed, trust)
+    show(tt.summary(named.model, x, depth=depth), json)
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def cut(
     model: Model,
     after: Annotated[list[str], typer.Option(help="The path to keep up to; several give several outputs.")],
-    out: Annotated[Path, typer.Option(help="FILE.onnx, or FILE.pt for a state_dict.")],
+    out: Annotated[Path, typer.Option(help="FILE.trim, FILE.onnx, or FILE.pt for a state_dict.")],
     num_classes: Annotated[int | None, typer.Option(help="Attach a new, untrained head with this many.", min=1)] = None,
     input: InputShapes = None,
     pretrained: Pretrained = False,
     weights: Weights = None,
     overwrite: Overwrite = False,
     seed: Seed = 0,
+    trust: Trust = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -144,24 +130,18 @@ def cut(
 
     import torchtrim as tt
 
-    _check_out(out, overwrite)
+    check_out(out, overwrite)
     if num_classes is not None and len(after) > 1:
         raise InputError("a head needs one output", path="--after", found=len(after), expected=1)
-    named, x = _load(model, input, pretrained, weights, seed)
+    named, x = load(model, input, pretrained, weights, seed, trust)
     net = tt.cut(named.model, x, after=after[0] if len(after) == 1 else after)
     if num_classes is not None:
         torch.manual_seed(seed)
         net = tt.attach_head(net, x, num_classes=num_classes)
-    summary = tt.summary(net, x)
-    if out.suffix == ".onnx":
-        report = tt.export_onnx(net, x, out, overwrite=overwrite)
-        _show(report, json, also=summary)
-    else:
-        _save_state(net.state_dict(), out)
-        _show(summary, json, also=None if json else f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    write(net, x, out, overwrite=overwrite, as_json=json)
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The file to write.")],
@@ -172,6 +152,7 @@ def export(
     weights: Weights = None,
     overwrite: Overwrite = False,
     seed: Seed = 0,
+    trust: Trust = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -183,12 +164,12 @@ def export(
 
     if out.suffix != ".onnx":
         raise typer.BadParameter(f"{out}: an ONNX file, so its name ends in .onnx", param_hint="FILE.onnx")
-    _check_out(out, overwrite)
-    named, x = _load(model, input, pretrained, weights, seed)
-    _show(tt.export_onnx(named.model, x, out, target=target, quantize=quantize, overwrite=overwrite), json)
+    check_out(out, overwrite)
+    named, x = load(model, input, pretrained, weights, seed, trust)
+    show(tt.export_onnx(named.model, x, out, target=target, quantize=quantize, overwrite=overwrite), json)
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE.onnx")],
     model: Model,
@@ -196,6 +177,7 @@ def verify(
     pretrained: Pretrained = False,
     weights: Weights = None,
     seed: Seed = 0,
+    trust: Trust = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -204,14 +186,13 @@ def verify(
     Example: torchtrim verify resnet18.onnx timm:resnet18 --pretrained
     """
     import torchtrim as tt
-    from torchtrim.models import load_model
 
-    named = load_model(model, pretrained=pretrained, weights=weights, seed=seed)
+    named = load_named(model, pretrained, weights, seed, trust)
     # Another seed than the one an export was checked with.
-    _show(tt.verify_onnx(file, named.model, example_inputs=_example(named, input, seed + 1, batch=3)), json)
+    show(tt.verify_onnx(file, named.model, example_inputs=example(named, input, seed + 1, batch=3)), json)
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def bench(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models, or .onnx files.")],
     input: InputShapes = None,
@@ -221,6 +202,7 @@ def bench(
     compile: Annotated[bool, typer.Option("--compile", help="Time torch.compile of each model too.")] = False,
     pretrained: Pretrained = False,
     seed: Seed = 0,
+    trust: Trust = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -229,21 +211,25 @@ def bench(
     Example: torchtrim bench timm:resnet18 resnet18.onnx --threads 1
     """
     import torchtrim as tt
-    from torchtrim.models import load_model
+    from torchtrim.graph.inputs import Inputs
 
     candidates: dict[str, Any] = {}
-    x = _tensors(input, seed) if input else None
+    x = Inputs(tensors(input, seed)) if input else None
     for name in models:
         if name.endswith(".onnx"):
             candidates[name] = Path(name)
             continue
-        named = load_model(name, pretrained=pretrained, seed=seed)
+        named = load_named(name, pretrained, None, seed, trust)
         candidates[name] = named.model
-        x = x or _example(named, None, seed)
-    _show(tt.benchmark(candidates, x, batch=batch, threads=threads, seconds=seconds, compile=compile), json)
+        x = x or example(named, None, seed)
+    show(tt.benchmark(candidates, x, batch=batch, threads=threads, seconds=seconds, compile=compile), json)
 
 
-@app.command(epilog=_EXIT_CODES)
+cli_edits.add_commands(app)
+cli_recipes.add_commands(app)
+
+
+@app.command(epilog=EXIT_CODES)
 def demo(
     out: Annotated[Path, typer.Option(help="The folder for the ONNX files, the picture and the figures.")] = Path(
         "demo-output"
@@ -257,83 +243,7 @@ def demo(
     """Cut a real pretrained EfficientNet, train it on digits, ship it as ONNX: about a minute."""
     from torchtrim.demo import run_demo
 
-    _show(run_demo(out, seed=seed), json)
-
-
-def _load(
-    name: str, shapes: list[str] | None, pretrained: bool, weights: Path | None, seed: int
-) -> tuple[NamedModel, tuple[torch.Tensor, ...]]:
-    from torchtrim.models import load_model
-
-    named = load_model(name, pretrained=pretrained, weights=weights, seed=seed)
-    return named, _example(named, shapes, seed)
-
-
-def _example(named: NamedModel, shapes: list[str] | None, seed: int, batch: int = 1) -> tuple[torch.Tensor, ...]:
-    if shapes:
-        return _tensors(shapes, seed)
-    if named.input_shape is None:
-        raise InputError("nothing says which input this model takes", path=named.name, hint="--input 1,3,224,224")
-    return _tensors([",".join(map(str, (batch, *named.input_shape)))], seed)
-
-
-def _tensors(shapes: list[str], seed: int) -> tuple[torch.Tensor, ...]:
-    """Random tensors: normal for float types, zeros for integers, which may be indices."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    tensors = []
-    for text in shapes:
-        sizes, _, kind = text.partition(":")
-        dtype = getattr(torch, kind or "float32", None)
-        try:
-            shape = [int(size) for size in sizes.split(",")]
-        except ValueError:
-            shape = []
-        if not shape or min(shape) < 1 or not isinstance(dtype, torch.dtype):
-            raise InputError("not a shape", path="--input", found=text, expected="1,3,224,224 or 1,128:int64")
-        if dtype.is_floating_point:
-            tensors.append(torch.randn(shape, generator=generator).to(dtype))
-        else:
-            tensors.append(torch.zeros(shape, dtype=dtype))
-    return tuple(tensors)
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Refuse before the work is done, not after."""
-    if out.suffix not in {".onnx", ".pt"}:
-        raise InputError("the name of the file says its format", path=out, expected=".onnx or .pt")
-    if os.path.lexists(out) and not overwrite:
-        raise InputError("the file exists", path=out, hint="--overwrite")
-    if not out.absolute().parent.is_dir():
-        raise InputError("there is no such folder", path=out.absolute().parent)
-
-
-def _save_state(state: Mapping[str, Any], out: Path) -> None:
-    """Write beside the file, then move: a failure leaves the old file as it was."""
-    import torch
-
-    try:
-        with tempfile.TemporaryDirectory(prefix=".torchtrim.", dir=out.absolute().parent) as folder:
-            part = Path(folder) / out.name
-            torch.save(dict(state), part)
-            part.replace(out)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot be written: {error}", path=out) from error
-
-
-def _show(result: Any, as_json: bool, also: Any = None) -> None:
-    if as_json:
-        _print_json(result.to_dict() if also is None else {**result.to_dict(), "summary": also.to_dict()})
-        return
-    if also is not None:
-        typer.echo(also)
-    typer.echo(result)
-
-
-def _print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=2)
-    typer.echo()
+    show(run_demo(out, seed=seed), json)
 
 
 def _error_dict(error: TorchTrimError) -> dict[str, str | None]:

@@ -1,0 +1,280 @@
+"""A recipe's run: from a named model to what its steps make of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchtrim.bench.machine import Machine, machine
+from torchtrim.bench.table import Table
+from torchtrim.checkpoint.save import save
+from torchtrim.checkpoint.zoo import WEIGHT_ARGUMENTS, ZOOS
+from torchtrim.edits.apply import apply
+from torchtrim.edits.edit import Edit
+from torchtrim.edits.history import History, history
+from torchtrim.edits.module_spec import Trusted
+from torchtrim.edits.plan import Plan, plan
+from torchtrim.export.onnx import export_onnx
+from torchtrim.export.report import ExportReport
+from torchtrim.graph.copying import kept_random_state
+from torchtrim.graph.execution import inputs_from_spec
+from torchtrim.graph.inputs import Inputs
+from torchtrim.graph.summary import Summary, short, summary
+from torchtrim.models import NamedModel, load_model
+from torchtrim.recipe.data import Batches, read_data
+from torchtrim.recipe.form import ExportSection, ModelSection, RecipeError, RecipeForm, TrainingSection
+from torchtrim.train.plain_loop import Training, train_plain
+
+NET = "net.trim"
+
+
+@dataclass(frozen=True)
+class RecipeRun:
+    """What a recipe's run did.
+
+    Attributes:
+        folder: What it wrote.
+        files: The files in it, by what they are.
+        model: The model that came out, in eval mode.
+        inputs: The example inputs.
+        plan: What the edits were going to do.
+        history: What they did.
+        before: The model before the edits.
+        after: The model after all steps.
+        training: The training; `None` where there was none.
+        export: The ONNX file; `None` where there is none.
+        machine: What it was run on.
+        seconds: How long it took.
+    """
+
+    folder: Path
+    files: dict[str, Path]
+    model: nn.Module = field(repr=False)
+    inputs: Inputs = field(repr=False)
+    plan: Plan
+    history: History
+    before: Summary
+    after: Summary
+    training: Training | None
+    export: ExportReport | None
+    machine: Machine
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the model and its tensors, as plain data that JSON can hold."""
+        return {
+            "folder": str(self.folder),
+            "files": {name: str(path) for name, path in self.files.items()},
+            "inputs": self.inputs.describe(),
+            "plan": self.plan.to_dict(),
+            "history": self.history.to_dict(weights=False),
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "training": None if self.training is None else self.training.to_dict(),
+            "export": None if self.export is None else self.export.to_dict(),
+            "machine": self.machine.to_dict(),
+            "seconds": self.seconds,
+        }
+
+    def table(self) -> Table:
+        """Before and after, and what was written."""
+        before, after = self.before, self.after
+        rows = [
+            ("parameters", short(before.params), short(after.params), _share(before.params, after.params)),
+            ("MACs", short(before.macs), short(after.macs), _share(before.macs, after.macs)),
+            ("size, MB", f"{before.size_mb:.2f}", f"{after.size_mb:.2f}", _share(before.size_mb, after.size_mb)),
+        ]
+        notes = [f"{self.folder}: {', '.join(path.name for path in self.files.values())}; {self.seconds:.1f} s"]
+        return Table("recipe", ("", "before", "after", "share"), tuple(rows), notes)
+
+    def tables(self) -> tuple[Table, ...]:
+        """All there is to see, one table a part."""
+        parts = [self.table()]
+        parts += [] if self.training is None else [self.training.table()]
+        parts += [] if self.export is None else self.export.tables()
+        return tuple(parts)
+
+    def __str__(self) -> str:
+        return "\n\n".join(table.text() for table in self.tables())
+
+    def _repr_html_(self) -> str:
+        return "".join(table.html() for table in self.tables())
+
+
+def plan_recipe(form: RecipeForm, folder: Path, edits: list[Edit], trusted: Trusted) -> Plan:
+    """What a recipe's edits would do.
+
+    Raises:
+        RecipeError: The model is code that is not trusted, or its input is not known.
+        TorchTrimError: The model cannot be made, or an edit cannot be done.
+    """
+    named, inputs = _start(form, folder, trusted)
+    return plan(named.model, inputs, edits, trusted=trusted)
+
+
+def run_recipe(
+    form: RecipeForm,
+    folder: Path,
+    edits: Callable[[], list[Edit]],
+    trusted: Trusted,
+    workshop: Path,
+    place: Path,
+) -> RecipeRun:
+    """Do the steps of a recipe.
+
+    Args:
+        form: The recipe.
+        folder: Where its relative paths start.
+        edits: Gives its edits, each time with modules of their own.
+        trusted: What it may import.
+        workshop: Where the files are written.
+        place: Where they will lie.
+
+    Raises:
+        TorchTrimError: What a step raises.
+    """
+    start = time.perf_counter()
+    named, inputs = _start(form, folder, trusted)
+    # All data is looked at before any work is done.
+    calibration = None if form.data is None else read_data(form.data, inputs, folder=folder)
+    training = None if form.training is None else _training_data(form.training, inputs, folder)
+    planned = plan(named.model, inputs, edits(), trusted=trusted)
+    before = summary(named.model, inputs)
+    with kept_random_state():
+        torch.manual_seed(form.model.seed)
+        net = apply(named.model, inputs, edits(), data=calibration, trusted=trusted)
+    trained = None if form.training is None or training is None else _train(net, form.training, training, inputs)
+    net.eval()
+    files = {"checkpoint": place / NET}
+    save(net, workshop / NET)
+    report = None
+    if form.export is not None:
+        report = _export(net, inputs, form.export, calibration, workshop, place)
+        files["onnx"] = report.path
+    return RecipeRun(
+        folder=place,
+        files=files,
+        model=net,
+        inputs=inputs,
+        plan=planned,
+        history=history(net),
+        before=before,
+        after=summary(net, inputs),
+        training=trained,
+        export=report,
+        machine=machine(),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _start(form: RecipeForm, folder: Path, trusted: Trusted) -> tuple[NamedModel, Inputs]:
+    named = named_model(form.model, folder, trusted)
+    if form.input is not None:
+        values: Any = {
+            "args": [each.model_dump() for each in form.input] if isinstance(form.input, list) else [],
+            "kwargs": {name: each.model_dump() for name, each in form.input.items()}
+            if isinstance(form.input, dict)
+            else {},
+        }
+        return named, inputs_from_spec(values)
+    recorded = history(named.model).inputs
+    if recorded is not None:
+        return named, inputs_from_spec(recorded)
+    if named.input_shape is None:
+        raise RecipeError("nothing says which input this model takes", path="input", hint="input: [1, 3, 224, 224]")
+    shape = [1, *named.input_shape]
+    return named, inputs_from_spec({"args": [{"shape": shape, "dtype": "float32"}], "kwargs": {}})
+
+
+def named_model(section: ModelSection, folder: Path, trusted: Trusted) -> NamedModel:
+    """The model that a recipe starts from.
+
+    Raises:
+        RecipeError: It is code that is not trusted.
+        ModelError: There is no such model.
+    """
+    name, (source, _, _) = section.name, section.name.partition(":")
+    if name.endswith(".trim"):
+        name = str(folder / name)
+    elif source not in ZOOS and section.name not in ([trusted] if isinstance(trusted, str) else trusted):
+        raise RecipeError(
+            "the recipe's model is code to import, which is not trusted",
+            path="model.name",
+            found=section.name,
+            expected="timm:NAME, torchvision:NAME or a .trim file",
+            hint=f"--trust {section.name}, or run(trusted=[{section.name!r}]), if you know it",
+        )
+    refused = sorted(WEIGHT_ARGUMENTS.get(source, set()) & set(section.arguments))
+    if refused:
+        raise RecipeError(
+            "this argument would read weights",
+            path=f"model.arguments.{refused[0]}",
+            hint="model.pretrained: true, or model.weights: FILE",
+        )
+    weights = None if section.weights is None else folder / section.weights
+    return load_model(
+        name,
+        pretrained=section.pretrained,
+        weights=weights,
+        seed=section.seed,
+        arguments=section.arguments,
+        trusted=trusted,
+    )
+
+
+def _training_data(section: TrainingSection, inputs: Inputs, folder: Path) -> tuple[Batches, Batches | None]:
+    data = read_data(section.data, inputs, folder=folder, labelled=True, seed=section.seed)
+    if section.validation is None:
+        return data, None
+    return data, read_data(section.validation, inputs, folder=folder, labelled=True)
+
+
+def _train(net: nn.Module, section: TrainingSection, data: tuple[Batches, Batches | None], inputs: Inputs) -> Training:
+    return train_plain(
+        net,
+        data[0],
+        epochs=section.epochs,
+        lr=section.lr,
+        optimizer=section.optimizer,
+        weight_decay=section.weight_decay,
+        layer_decay=section.layer_decay,
+        freeze_upto=section.freeze_upto,
+        validation=data[1],
+        seed=section.seed,
+        example_inputs=inputs,
+    )
+
+
+def _export(
+    net: nn.Module, inputs: Inputs, section: ExportSection, data: Batches | None, workshop: Path, place: Path
+) -> ExportReport:
+    """The file, compared on a batch of the data where there is some; told with the place where it will lie."""
+    report = export_onnx(
+        net,
+        inputs,
+        workshop / section.file,
+        target=section.target,
+        quantize=section.quantize,
+        data=None if data is None else list(islice(data, 1)),
+        opset=section.opset,
+        dynamic=section.dynamic,
+        tolerance=section.tolerance,
+        benchmark=section.benchmark,
+    )
+    return replace(
+        report,
+        path=place / section.file,
+        files=tuple(place / file.name for file in report.files),
+        verification=replace(report.verification, path=place / section.file),
+    )
+
+
+def _share(before: float, after: float) -> str:
+    return f"{after / before:.1%}" if before else ""
