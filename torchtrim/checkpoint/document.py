@@ -147,6 +147,8 @@ def history_with(path: Path, data: dict[str, Any], weights: list[tuple[list[str 
             raise CheckpointDamaged("tensors of an edit have no place in its record", path=path, found=where) from error
     try:
         return History.from_dict(data)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointDamaged(f"its history cannot be read: {error!r}", path=path) from error
     except EditError as error:
         message = f"its history cannot be read: {error.path}: {error.message}"
         raise CheckpointDamaged(

@@ -12,7 +12,7 @@ from torch import nn
 from torchtrim.checkpoint import container
 from torchtrim.checkpoint.container import Container
 from torchtrim.checkpoint.document import Document, history_with
-from torchtrim.checkpoint.optimizer import check, restore
+from torchtrim.checkpoint.optimizer import check, restore, tensor_names
 from torchtrim.checkpoint.origin import Factory, remember, write_history
 from torchtrim.checkpoint.plain import from_plain
 from torchtrim.checkpoint.rebuild import placed, rebuilt
@@ -103,6 +103,8 @@ def _loaded(
             hint=f"load(path, model=...) with a {past.origin} as it was before the edits",
         )
     net = _rebuilt(start, past, trusted, file, document)
+    if optimizer is None:
+        file.verify(names["optimizer"])
     read = file.tensors([*names["model"], *names["loose"]])
     state = _state(document, read, device)
     put(net, state)
@@ -151,7 +153,8 @@ def _names(file: Container, document: Document) -> dict[str, list[str]]:
         found[kind].append(name)
     edits = [f"edits.{number}.{name}" for number, item in enumerate(document.weights) for name in item.names]
     loose = [f"loose.{name}" for name in document.loose]
-    for kind, expected in (("edits", edits), ("loose", loose)):
+    optimizer = [f"optimizer.{name}" for name in tensor_names(document.optimizer)]
+    for kind, expected in (("edits", edits), ("loose", loose), ("optimizer", optimizer)):
         if sorted(found[kind]) != sorted(expected):
             raise CheckpointDamaged(f"its tensors under {kind!r} are not those its description lists", path=file.path)
     return found

@@ -52,6 +52,18 @@ def described(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Optim
     return OptimizerPart(type=type(optimizer).__name__, groups=groups, state=state), tensors
 
 
+def tensor_names(part: OptimizerPart | None) -> list[str]:
+    """The names of the tensors that a description speaks of."""
+
+    def names(data: Any) -> list[str]:
+        if isinstance(data, dict) and set(data) == {"tensor"}:
+            return [str(data["tensor"])]
+        items = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+        return [name for item in items for name in names(item)]
+
+    return [] if part is None else names([part.groups, part.state])
+
+
 def check(part: OptimizerPart | None, optimizer: torch.optim.Optimizer) -> OptimizerPart:
     """The part of a file that is for this optimizer.
 
@@ -92,8 +104,8 @@ def restore(
     try:
         groups = [
             {
-                "params": [parameters[name] for name in group["params"]],
                 **{key: value(data) for key, data in group["options"].items()},
+                "params": [parameters[name] for name in group["params"]],
             }
             for group in part.groups
         ]

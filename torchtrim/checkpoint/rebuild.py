@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchtrim.checkpoint.container import storable
 from torchtrim.checkpoint.hollow import bounded, emptied, hollow
 from torchtrim.checkpoint.origin import Factory
 from torchtrim.edits.apply import run
@@ -51,9 +52,10 @@ def rebuilt(start: Factory | nn.Module, past: History, *, trusted: Trusted, limi
             expected=error.expected,
             hint=error.hint,
         ) from error
-    except (MemoryError, RuntimeError, OverflowError, RecursionError) as error:
+    except Exception as error:  # of a constructor that was given nonsense: any there is
         made = start.name if isinstance(start, Factory) else type(start).__name__
-        raise CheckpointMismatch(f"the model cannot be made again from {made}: {error}") from error
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        raise CheckpointMismatch(f"the model cannot be made again from {made}: {reason}") from error
 
 
 def _emptied_copy(model: nn.Module) -> nn.Module:
@@ -89,6 +91,11 @@ def _elements(spec: Any) -> int:
     if isinstance(spec, dict):
         shape = spec.get("shape")
         if set(spec) == {"shape", "dtype"} and isinstance(shape, list):
+            dtype = getattr(torch, str(spec["dtype"]), None)
+            if not isinstance(dtype, torch.dtype) or not storable(dtype):
+                raise CheckpointMismatch(
+                    "the recorded example inputs are of no such type", found=str(spec["dtype"])[:60]
+                )
             if not all(type(size) is int and size >= 0 for size in shape):
                 raise CheckpointMismatch("the recorded example inputs have no such shape", found=str(shape)[:60])
             return math.prod(shape)
