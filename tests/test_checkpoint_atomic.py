@@ -70,8 +70,8 @@ for path, moment, count in json.loads(sys.argv[1]):
 """
 MOMENTS = [
     ("tensor", 1, {1.0}), ("tensor", 5, {1.0}), ("tensor", 9, {1.0}), ("flush", 1, {1.0}), ("replace", 1, {1.0}),
-    ("replaced", 1, {2.0}), ("flush", 2, {2.0}), ("any", 3, {1.0, 2.0}), ("any", 8, {1.0, 2.0}), ("any", 21, {1.0, 2.0}),
-    ("any", 55, {1.0, 2.0}),
+    ("replaced", 1, {2.0}), ("flush", 2, {2.0}), ("any", 3, {1.0, 2.0}), ("any", 8, {1.0, 2.0}),
+    ("any", 21, {1.0, 2.0}), ("any", 55, {1.0, 2.0}),
 ]  # fmt: skip
 
 
