@@ -54,7 +54,9 @@ class Seen:
         value: The main value that goes in: the first tensor of real numbers.
         result: The main value that comes out.
         form: How they go in and out.
-        uses: Within which calls the result is worked on, each from the outermost inwards.
+        uses: Within which calls the result is worked on, each from the outermost inwards; of one tensor all, also
+            those before this call, where the call hands on what it got.
+        since: How many of them were before this call returned.
         returned: Whether it is part of the model's output.
     """
 
@@ -65,19 +67,20 @@ class Seen:
     result: torch.Tensor
     form: Form
     uses: list[tuple[Key, ...]] = field(default_factory=list)
+    since: int = 0
     returned: bool = False
 
     @property
     def needed(self) -> bool:
         """Whether something depends on the shape of the result."""
-        return any(self.key not in stack for stack in self.uses)
+        return len(self.uses) > self.since
 
     def feeds_only(self, other: Seen) -> bool:
         """Whether the other call takes the result as its main value, and nothing else looks at it."""
         if other.value is not self.result or other is self:
             return False
         passed_through = other.result is self.result
-        return passed_through or (not self.returned and all(other.key in stack for stack in self.uses))
+        return passed_through or (not self.returned and all(other.key in stack for stack in self.uses[self.since :]))
 
 
 def observe(model: nn.Module, inputs: Inputs, training: bool, paths: set[str]) -> list[Seen]:
@@ -155,7 +158,7 @@ class _Watch(TorchDispatchMode):
             self.refused = self.refused or error
             return
         uses = self.uses.setdefault(id(result), [])
-        self.seen.append(Seen(key, owner, run, value, result, form, uses))
+        self.seen.append(Seen(key, owner, run, value, result, form, uses, len(uses)))
 
 
 def _described(path: str, args: Any, kwargs: Any, output: Any) -> tuple[torch.Tensor, torch.Tensor, Form]:

@@ -154,7 +154,7 @@ def _take_out_of_forwards(work: Work, taken: Sequence[Taken], adapters: Mapping[
         for graph in room.graphs:
             now = _kept(graph, room)
             for node in reversed(list(graph.nodes)):
-                if node in kept[graph] and node not in now:
+                if node in kept[graph] and node not in now:  # what fed nothing but the calls that went
                     graph.erase_node(node)
     new: dict[str, dict[str, nn.Module]] = {path: {} for path in rooms}
     names: dict[tuple[str, str], str] = {}
@@ -201,6 +201,7 @@ def _bypassed(node: fx.Node, taken: Taken) -> fx.Node:
     for user in list(node.users):
         user.args = fx.node.map_arg(user.args, lambda one: result if one is node else one)
         user.kwargs = fx.node.map_arg(user.kwargs, lambda one: result if one is node else one)
+    node.graph.erase_node(node)
     return mark
 
 
