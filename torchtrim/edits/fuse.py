@@ -12,6 +12,7 @@ from torchtrim.edits.apply import run
 from torchtrim.edits.edit import Edit
 from torchtrim.edits.fuse_fold import Fold, fold_of
 from torchtrim.edits.neighbours import neighbours
+from torchtrim.edits.norms import is_norm
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import CheckFailed, EditError, InputError
 from torchtrim.graph import check as checks
@@ -67,7 +68,7 @@ def fuse_batchnorm(
     found: tuple[str, ...] | None = None
     if paths is not None:
         named = [each for each in _items(paths) if isinstance(each, str)]
-        found = tuple(find(model, paths, where=lambda path, module: path in named or _is_norm(module)))
+        found = tuple(find(model, paths, where=lambda path, module: path in named or is_norm(module)))
     return run(model, example_inputs, [FuseBatchNorm(found)], copy=copy, check=check)
 
 
@@ -90,7 +91,7 @@ class FuseBatchNorm(Edit):
         names = {module: path for path, module in model.named_modules()}  # a shared one by its first name
         asked = [norm for norm, _ in self.folded] or list(find(model, "**" if self.paths is None else self.paths))
         asked = [names[model.get_submodule(path)] for path in asked]
-        norms = [path for path in asked if _is_norm(model.get_submodule(path))]
+        norms = [path for path in asked if is_norm(model.get_submodule(path))]
         given = set(self.paths or ()) | {norm for norm, _ in self.folded}
         for path in [path for path in asked if path in given and path not in norms]:
             kind = type(model.get_submodule(path)).__name__
@@ -122,14 +123,8 @@ def _items(paths: What) -> Sequence[object]:
     return paths if isinstance(paths, Sequence) and not isinstance(paths, str) else [paths]
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """Whether a module keeps a mean and a variance for each channel."""
-    held = module._buffers.get("running_mean"), module._buffers.get("running_var")
-    return None not in held and hasattr(module, "eps") and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
-
-
 def _is_tracked(module: nn.Module) -> bool:
-    return _is_norm(module) or isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+    return is_norm(module) or isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
 
 
 def _compare(work: Work) -> list[str]:

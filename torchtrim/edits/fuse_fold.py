@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from torchtrim.edits.neighbours import Neighbours
+from torchtrim.edits.norms import affine, behind, noise, tried
 from torchtrim.edits.work import Work
 from torchtrim.graph.check import differs
-from torchtrim.graph.copying import kept_random_state, structural_copy
+from torchtrim.graph.copying import structural_copy
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def fold_of(model: nn.Module, path: str, around: Neighbours, taken: Set[str]) ->
     source = next(iter(sources)) if len(sources) == 1 else None
     reason = _refusal_behind(model, path, source, around)
     if reason is None and source is not None:
-        rest = _rest(norm, around.shapes[path][0])
+        rest = behind(norm, around.shapes[path][0])
         if rest is None:
             return f"{type(norm).__name__} does more than multiply and add in eval mode"
         fold = Fold(path, source, True, rest)
@@ -75,7 +75,7 @@ def fold_of(model: nn.Module, path: str, around: Neighbours, taken: Set[str]) ->
     user = next(iter(users)) if len(users) == 1 else None
     if user is None or _refusal_before(model, path, user, around, taken) is not None:
         return reason or "nothing next to it takes it over"
-    rest = _rest(norm, around.shapes[path][0])
+    rest = behind(norm, around.shapes[path][0])
     if not isinstance(rest, nn.Identity):
         return reason or "nothing next to it takes it over"
     fold = Fold(path, user, False, rest)
@@ -131,23 +131,10 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a batch norm multiplies each channel by, and adds to it, in eval mode."""
-    held: Any = norm
-    scale = (held.running_var.double() + held.eps).rsqrt()
-    weight, bias = getattr(held, "weight", None), getattr(held, "bias", None)
-    if weight is not None:
-        scale = scale * weight.detach().double()
-    shift = -held.running_mean.double() * scale
-    if bias is not None:
-        shift = shift + bias.detach().double()
-    return scale, shift
-
-
 def _folded(layer: nn.Module, norm: nn.Module, behind: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The layer's weight and bias, the norm included."""
     held: Any = layer
-    scale, shift = _affine(norm)
+    scale, shift = affine(norm)
     weight = held.weight.detach().double()
     groups = 1 if isinstance(layer, nn.Linear) else held.groups
     ones = (1,) * (weight.dim() - 2)
@@ -166,22 +153,6 @@ def _folded(layer: nn.Module, norm: nn.Module, behind: bool) -> tuple[torch.Tens
     return weight.to(held.weight.dtype), bias.to(held.weight.dtype)
 
 
-def _rest(norm: nn.Module, shape: tuple[int, ...]) -> nn.Module | None:
-    """What a norm's class does behind the norm (an activation); `None` where it does something else."""
-    if type(norm) in _NORMS:
-        return nn.Identity()
-    children = [child for child in norm.children() if not isinstance(child, nn.Identity)]
-    rest: nn.Module = nn.Identity() if not children else children[0] if len(children) == 1 else nn.Sequential(*children)
-    scale, shift = _affine(norm)
-    if scale.is_meta:
-        return None
-    given = _noise(shape, norm)
-    across = (1, -1, *(1,) * (given.dim() - 2))
-    expected = _tried(norm, given)
-    plain = given.double() * scale.reshape(across) + shift.reshape(across)
-    return rest if differs(expected, _tried(rest, plain.to(expected.dtype))) is None else None
-
-
 def _holds(model: nn.Module, fold: Fold, around: Neighbours) -> bool:
     """Whether a layer of some other class, with the folded weights, does what the two did."""
     layer, norm = (model.get_submodule(path) for path in (fold.layer, fold.norm))
@@ -193,21 +164,7 @@ def _holds(model: nn.Module, fold: Fold, around: Neighbours) -> bool:
     weight, bias = _folded(layer, norm, fold.behind)
     twin._parameters.update(weight=nn.Parameter(weight), bias=nn.Parameter(bias))
     first, second = (layer, norm) if fold.behind else (norm, layer)
-    given = _noise(around.shapes[fold.layer if fold.behind else fold.norm][0], layer)
-    expected = _tried(second, _tried(first, given))
-    found = _tried(fold.rest, _tried(twin, given))
+    given = noise(around.shapes[fold.layer if fold.behind else fold.norm][0], layer)
+    expected = tried(second, tried(first, given))
+    found = tried(fold.rest, tried(twin, given))
     return differs(expected, found) is None
-
-
-def _noise(shape: tuple[int, ...], module: nn.Module) -> torch.Tensor:
-    reference = next(iter((*module.parameters(), *module.buffers())))
-    generator = torch.Generator().manual_seed(0)
-    given = torch.randn((1, *shape[1:]), generator=generator)
-    return given.to(reference.device, reference.dtype)
-
-
-def _tried(module: nn.Module, given: torch.Tensor) -> torch.Tensor:
-    twin = structural_copy(module, own_buffers=True, user_hooks=False).eval()
-    with torch.no_grad(), kept_random_state():
-        result: torch.Tensor = twin(given.clone())
-    return result

@@ -43,10 +43,10 @@ def neighbours(model: nn.Module, inputs: Inputs, tracked: Callable[[nn.Module], 
         EditError: The model does not run on the inputs.
 
     Example:
-        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2))
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
         >>> found = neighbours(net, Inputs.of(torch.zeros(1, 2)), lambda module: isinstance(module, nn.Linear))
         >>> sorted(found.users["0"]), found.users["2"]
-        (['2', 'native_dropout.default'], {'output'})
+        (['relu.default'], {'output'})
     """
     found = Neighbours()
     for training in (False, True):
@@ -80,7 +80,8 @@ class _Follow(TorchDispatchMode):
                 module.register_forward_hook(self._leave(path))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        for tensor in pytree.tree_leaves((args, kwargs or {})):
+        asks_only = str(func).startswith("prim.")  # for its device, not for its values
+        for tensor in () if asks_only else pytree.tree_leaves((args, kwargs or {})):
             if id(tensor) in self.made and not any(id(tensor) in given for given in self.inside):
                 self._use(tensor, str(func).removeprefix("aten."))
         return func(*args, **(kwargs or {}))

@@ -114,6 +114,14 @@ class Replace(Edit):
     modules: dict[str, ModuleSpec] = field(default_factory=dict)
     change: Change | None = field(default=None, init=False, compare=False, repr=False)
 
+    def __str__(self) -> str:
+        if self.modules:
+            pairs = [f"{address}: {spec}" for address, spec in self.modules.items()]
+        else:
+            pairs = [f"{address}: {self.module or 'a function of the old'}" for address in self.what or self.types]
+        more = f", and {len(pairs) - 2} more" if len(pairs) > 2 else ""
+        return f"replace({', '.join(pairs[:2])}{more})"
+
     def perform(self, work: Work) -> Replace:
         """Replace them in `work.model`."""
         wanted = self._wanted(work)
