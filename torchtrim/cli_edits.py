@@ -50,7 +50,7 @@ def remove(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="What goes: paths, addresses or globs.")],
     out: Out = None,
     adapter: Annotated[
-        str, typer.Option(help="What repairs shapes that do not agree: auto, none, or the name of one.")
+        str, typer.Option(help="What repairs shapes that differ: auto, pool, slice, project, none, or a module.")
     ] = "auto",
     heal: Annotated[str | None, typer.Option(help="Fit the joints on --data: auto, linear, scale or norm.")] = None,
     data: DataFile = None,
@@ -71,7 +71,8 @@ def remove(
     """
     if heal is not None and data is None and not plan:
         raise typer.BadParameter("healing is fitted to data", param_hint="--data")
-    asked: dict[str, Any] = {"paths": paths, "adapter": None if adapter == "none" else adapter, "branch": branch}
+    asked: dict[str, Any] = {"paths": paths, "adapter": None if adapter == "none" else adapter}
+    asked |= {"branch": True} if branch else {}
     asked |= {} if heal is None else {"heal": heal}
     _check(out, overwrite, plan)
     named, x = load(model, input, pretrained, weights, seed, trust)
@@ -177,7 +178,10 @@ def history(
         else:
             typer.echo(found.edits_as("yaml"))
         return
-    show(found, json)
+    if json:
+        print_json(found.to_dict(weights=False))
+    else:
+        typer.echo(found)
 
 
 def _history_in(file: Path) -> History:
@@ -225,7 +229,7 @@ def _do(
     from torchtrim.recipe.form import DataSection
 
     torch.manual_seed(seed)
-    edit = edit_of(item, "edit")
+    edit = edit_of(item, "")
     if plan or out is None:
         show(tt.plan(model, x, [edit], trusted=trust or ()), as_json)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -64,6 +65,7 @@ def new(
     input: InputShapes = None,
     pretrained: Pretrained = False,
     overwrite: Overwrite = False,
+    trust: Trust = None,
     debug: Debug = False,
 ) -> None:
     """Write a commented recipe for a model. It runs as it is.
@@ -74,8 +76,10 @@ def new(
 
     if out is not None:
         check_free(out, overwrite)
-    named, x = load(model, input)
+    named, x = load(model, input, trust=trust)
     file = "recipe.yaml" if out is None else out.name
+    if model.endswith(".trim"):  # its path starts at the recipe's folder
+        model = os.path.relpath(model, "." if out is None else out.parent)
     text = new_recipe(model, named.model, x, pretrained=pretrained, file=file)
     if out is None:
         typer.echo(text, nl=False)

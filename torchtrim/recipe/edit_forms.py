@@ -10,6 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from torchtrim.edits.edit import Edit, json_schema, kinds
 from torchtrim.edits.module_spec import ModuleSpec
 from torchtrim.edits.module_types import name_of
+from torchtrim.edits.remove_adapters import EVERY
 from torchtrim.errors import EditError, TorchTrimError, nearest
 from torchtrim.recipe.module_text import names_a_type, read_module, read_type
 
@@ -64,7 +65,7 @@ def edit_of(item: Any, where: str) -> Edit:
             )
         return Edit.from_dict(_loosened(record, edit_type))
     except TorchTrimError as error:
-        place = where if error.path is None else f"{where}.{error.path}"
+        place = where if error.path is None else f"{where}.{error.path}".lstrip(".")
         raise EditError(
             error.message, path=place, found=error.found, expected=error.expected, hint=error.hint
         ) from error
@@ -111,6 +112,9 @@ def _loosened(record: dict[str, Any], edit_type: type[Edit]) -> dict[str, Any]:
     record = {_ALIASES.get(kind, {}).get(name, name): value for name, value in record.items()}
     if kind == "cut" and isinstance(record.get("after"), Mapping):
         record |= {"after": list(record["after"]), "names": list(record["after"].values())}
+    adapter = record.get("adapter")
+    if kind == "remove" and (isinstance(adapter, Mapping) or "(" in str(adapter)):
+        record |= {"adapter": "auto", "adapters": adapter if isinstance(adapter, Mapping) else {EVERY: adapter}}
     if kind == "replace":
         given = record.pop("what", [])
         places = given if isinstance(given, (list, tuple)) else [given]
