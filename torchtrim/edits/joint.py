@@ -122,7 +122,8 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for leaf in pytree.tree_leaves((args, kwargs)):
+        asks_only = str(func).startswith("prim.")  # for a device, not for the values
+        for leaf in () if asks_only else pytree.tree_leaves((args, kwargs)):
             if id(leaf) in self.uses:
                 self.uses[id(leaf)].append(tuple(self.stack))
         return func(*args, **(kwargs or {}))

@@ -6,15 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from torchtrim.edits.apply import run
 from torchtrim.edits.edit import Edit
 from torchtrim.edits.module_spec import ModuleSpec
 from torchtrim.edits.remove_adapters import EVERY, adapters_for
-from torchtrim.edits.remove_check import Reference
+from torchtrim.edits.remove_check import Reference, assign
 from torchtrim.edits.remove_place import Taken, take_out, ways
 from torchtrim.edits.remove_runs import Run, runs_of, wanted_from
+from torchtrim.edits.weights import Weights
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import CheckFailed, EditError, TorchTrimError, TraceError
 from torchtrim.graph.copying import has_function_hooks, structural_copy, unwrap
@@ -33,37 +35,48 @@ class Remove(Edit):
         paths: What to take out: paths, globs, addresses of functions.
         adapter: How to repair shapes that do not agree: `"auto"`, `"pool"`, `"slice"`, `"project"`, or `None`: refuse.
         adapters: The modules that repair them, by the address of the first call of each run; `"*"` for every place.
+        heal: How to fit the joints to data: `"auto"`, `"linear"`, `"scale"`, `"norm"`, or `None`: not at all.
         taken: How each call was taken out, once it was.
+        healed: The parameters that healing gave other values, by their name in the trimmed model.
     """
 
     kind: ClassVar[str] = "remove"
     paths: tuple[str, ...] = ()
     adapter: str | None = "auto"
     adapters: dict[str, ModuleSpec] = field(default_factory=dict)
+    heal: str | None = None
     taken: tuple[Taken, ...] = ()
+    healed: Weights | None = None
 
     def perform(self, work: Work) -> Edit:
         """Do it on `work.model`; returns the record with what was decided."""
         if not self.paths:
             raise EditError("nothing to remove", path="paths", found=self.paths, expected="a path, or several")
         if self.taken and not work.check and not work.planning:
-            take_out(work, self.taken, {address: work.module(spec) for address, spec in self.adapters.items()})
+            adapters = {address: work.module(spec) for address, spec in self.adapters.items()}
+            _finish(work, self.taken, adapters, self.healed or {})
             return self
         wanted = wanted_from(work.model, self.paths)
         runs = runs_of(work, wanted)
         adapters = adapters_for(work, runs, self.adapter, self.adapters)
-        taken = _that_works(work, runs, adapters, [self.taken] if self.taken else ways(work.model, runs, adapters))
+        weights: Mapping[str, torch.Tensor] = self.healed or {}
+        choices = [self.taken] if self.taken else ways(work.model, runs, adapters)
+        taken = _that_works(work, runs, adapters, choices, weights)
+        if self.heal is not None and not self.taken:
+            adapters, weights = _healed(work, runs, adapters, taken, self.heal)
         for each in runs:
-            work.notes += [
-                f"hooks on {call.key[0]!r} went with it"
-                for call in each.calls
-                if call.module is not None and has_function_hooks(call.module)
-            ]
+            modules = [(call.key[0], call.module) for call in each.calls if call.module is not None]
+            work.notes += [f"hooks on {path!r} went with it" for path, module in modules if has_function_hooks(module)]
             work.joints.append(_joint(each, taken, adapters, max(work.inputs.batch, 2)))
         work.gone += [each.address for each in taken if ":" in each.address]
-        take_out(work, taken, adapters)
-        specs = {address: ModuleSpec.of(module).recorded() for address, module in adapters.items()}
-        return replace(self, paths=tuple(wanted.addresses), adapters=specs, taken=tuple(taken))
+        _finish(work, taken, adapters, weights)
+        return replace(
+            self,
+            paths=tuple(wanted.addresses),
+            adapters={address: ModuleSpec.of(module).recorded() for address, module in adapters.items()},
+            taken=tuple(taken),
+            healed=Weights(weights) if weights else None,
+        )
 
 
 def remove(
@@ -72,6 +85,7 @@ def remove(
     paths: Paths = (),
     *,
     adapter: Adapter = "auto",
+    heal: str | None = None,
     data: Iterable[Any] | None = None,
     copy: bool = True,
     check: bool = True,
@@ -99,7 +113,11 @@ def remove(
             every second (third, ...) place. `"project"`: a 1x1 convolution or linear layer that begins as the
             identity does all it can. A module, or a dict of them by path: yours, put in whatever the shapes. `None`:
             refuse, and say both shapes.
-        data: Calibration batches: tensors, `(inputs, targets)` pairs or dicts.
+        heal: Fit the joints to `data`, without labels and without training in the usual sense: `"linear"` (least
+            squares of what the run gave on what it got), `"scale"` (mean and deviation of each channel), `"norm"` (the
+            scales and biases of the norm layers), or `"auto"`, which chooses at each joint what agrees best with the
+            original on a part of the data that is held back, or nothing.
+        data: For healing: an iterable of batches, which are tensors, `(inputs, targets)` pairs or dicts.
         copy: Copy the parameters. Without it the model itself is changed.
         check: Run the result, in both modes and at several sizes, against the original in which hooks put the input of
             what goes in place of its output, and compare outputs and gradients. Without it only shapes are looked at.
@@ -130,7 +148,7 @@ def remove(
         if not isinstance(module, nn.Module):
             raise EditError("an adapter is a module", path=address, found=type(module).__name__)
     specs = {address: ModuleSpec.of(module) for address, module in given.items()}
-    edit = Remove(_spelled(unwrap(model), paths), kind, specs)
+    edit = Remove(_spelled(unwrap(model), paths), kind, specs, heal)
     return run(model, example_inputs, [edit], copy=copy, check=check, data=data)
 
 
@@ -144,11 +162,27 @@ def _spelled(model: nn.Module, paths: Paths) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def _finish(
+    work: Work, taken: Sequence[Taken], adapters: Mapping[str, nn.Module], weights: Mapping[str, torch.Tensor]
+) -> None:
+    take_out(work, taken, adapters)
+    for name, tensor in weights.items():
+        owner, _, key = name.rpartition(".")
+        module = work.model.get_submodule(owner)
+        work.reshape(module, key, tensor.to(device=module.get_parameter(key).device))
+
+
 def _that_works(
-    work: Work, runs: list[Run], adapters: Mapping[str, nn.Module], choices: Iterable[Sequence[Taken]]
+    work: Work,
+    runs: list[Run],
+    adapters: Mapping[str, nn.Module],
+    choices: Iterable[Sequence[Taken]],
+    weights: Mapping[str, torch.Tensor],
 ) -> Sequence[Taken]:
     """The first way of taking the calls out that works, tried on copies."""
-    reference = Reference(work.model, work.inputs, runs, adapters)
+    held = dict(work.model.named_parameters(remove_duplicate=False))
+    new = {name: nn.Parameter(tensor.to(held[name].device)) for name, tensor in weights.items() if name in held}
+    reference = Reference(work.model, work.inputs, runs, adapters, new)
     if work.check:
         reference.opened_alike()
     failed: TorchTrimError | None = None
@@ -156,9 +190,10 @@ def _that_works(
         trial = Work(structural_copy(work.model), work.inputs, check=False)
         try:
             take_out(trial, taken, adapters)
+            assign(trial.model, new)
             reference.same_way(trial.model, taken)
             if work.check:
-                work.checked += reference.compared(trial.model, taken)
+                work.checked = list(reference.compared(trial.model, taken))
             return taken
         except (EditError, CheckFailed, TraceError) as error:
             failed = failed or error
@@ -172,6 +207,29 @@ def _that_works(
         expected=failed.expected,
         hint=failed.hint,
     ) from failed
+
+
+def _healed(
+    work: Work, runs: list[Run], adapters: dict[str, nn.Module], taken: Sequence[Taken], method: str
+) -> tuple[dict[str, nn.Module], Mapping[str, torch.Tensor]]:
+    """Fit the joints to the data; the adapters, and the parameters that have other values since."""
+    from torchtrim.edits.heal import Seam, fit
+
+    if work.planning:
+        work.notes.append(f"heal={method!r} fits the joints to data when it is done")
+        return adapters, {}
+
+    def build(fitted: Mapping[str, nn.Module]) -> nn.Module:
+        trial = Work(structural_copy(work.model), work.inputs, check=False)
+        take_out(trial, taken, adapters | dict(fitted))
+        return trial.model
+
+    seams = [Seam(run.address, run.first.address, run.last.address) for run in runs]
+    healing = fit(structural_copy(work.model), build, seams, data=work.data, inputs=work.inputs, method=method)
+    work.notes += healing.notes
+    adapters = adapters | dict(healing.adapters)
+    _that_works(work, runs, adapters, [taken], healing.weights)
+    return adapters, healing.weights
 
 
 def _joint(each: Run, taken: Sequence[Taken], adapters: Mapping[str, nn.Module], batch: int) -> Joint:

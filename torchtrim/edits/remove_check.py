@@ -34,10 +34,16 @@ class Reference:
         inputs: The example inputs.
         runs: What goes.
         adapters: What values go through, by the address of a run.
+        weights: Parameters with other values, by name.
     """
 
     def __init__(
-        self, before: nn.Module, inputs: Inputs, runs: Sequence[Run], adapters: Mapping[str, nn.Module]
+        self,
+        before: nn.Module,
+        inputs: Inputs,
+        runs: Sequence[Run],
+        adapters: Mapping[str, nn.Module],
+        weights: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self.before = before
         self.inputs = inputs
@@ -49,6 +55,7 @@ class Reference:
             taken = [Taken(call.address, "opened", True, call.form) for run in self.functional for call in run.calls]
             take_out(work, taken, adapters)
         self.model = work.model
+        assign(self.model, weights or {})
         self.adapters: dict[str, str] = {}
         for run in self.runs:
             if run.address in adapters:
@@ -150,6 +157,16 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def assign(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+    """Put parameters in place of those of the same names, wherever these are referred to; others are left out."""
+    held = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in weights.items():
+        old = held.get(name)
+        for module in model.modules() if old is not None else ():
+            for key in [key for key, each in module._parameters.items() if each is old]:
+                module._parameters[key] = parameter
 
 
 class _Stand:
