@@ -1,0 +1,143 @@
+"""Calibration batches as arguments for a model: in small pieces, part of them held back to judge by."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchtrim.errors import InputError
+from torchtrim.graph.inputs import Inputs
+
+_ROWS = 16  # in one piece: bounds the memory of a step, whatever the size of a batch
+_HELD_BACK = 5  # one row of so many
+_MOST_HELD = 512  # rows to judge by; more would cost time and memory, and tell little
+_LEAST = 10
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of inputs, gone through several times.
+
+    Attributes:
+        data: An iterable of batches: tensors, `(inputs, targets)` pairs or dicts. A tensor or dict by itself is one.
+        model: Whose arguments they are.
+        example: Example inputs of that model.
+    """
+
+    data: Iterable[Any]
+    model: nn.Module
+    example: Inputs
+
+    @staticmethod
+    def of(data: Iterable[Any] | None, model: nn.Module, example: Inputs) -> Calibration:
+        """Read what a user gives.
+
+        Raises:
+            InputError: There is none, it can be gone through only once, or it holds too little to judge by.
+
+        Example:
+            >>> net, example = nn.Linear(3, 2), Inputs.of(torch.zeros(1, 3))
+            >>> found = Calibration.of([torch.zeros(8, 3), torch.zeros(4, 3)], net, example)
+            >>> [piece.batch for piece in found.to_fit()], [piece.batch for piece in found.held_back()]
+            ([7, 3], [1, 1])
+        """
+        if data is None:
+            raise InputError(
+                "healing looks at what flows through the model, so it needs data",
+                expected="data=, an iterable of batches (tensors, (inputs, targets) pairs or dicts)",
+                hint="data=loader, some hundred unlabelled inputs; or heal=None",
+            )
+        if isinstance(data, (torch.Tensor, Mapping)):
+            data = [data]
+        if not isinstance(data, Iterable):
+            raise InputError(
+                "data is an iterable of batches", found=type(data).__name__, expected="a list, a DataLoader"
+            )
+        if iter(data) is data:
+            raise InputError(
+                "healing goes through the data several times, and this can be gone through once",
+                found=type(data).__name__,
+                hint="data=list(batches), or a DataLoader",
+            )
+        found = Calibration(data, model, example)
+        count = 0
+        for batch in data:
+            count += arguments_of(batch, model, example).batch
+            if count >= _LEAST:
+                return found
+        raise InputError(
+            "too little data to heal on", path="data", found=f"{count} inputs", expected=f"{_LEAST} or more"
+        )
+
+    def to_fit(self) -> Iterator[Inputs]:
+        """What is fitted on, in pieces of a few rows."""
+        yield from self._pieces(lambda row: row % _HELD_BACK != _HELD_BACK - 1)
+
+    def held_back(self) -> Iterator[Inputs]:
+        """What is judged by, likewise: one row in five, up to some hundreds."""
+        yield from self._pieces(lambda row: row % _HELD_BACK == _HELD_BACK - 1, _MOST_HELD)
+
+    def _pieces(self, wanted: Callable[[int], bool], most: int | None = None) -> Iterator[Inputs]:
+        start = found = 0
+        for batch in self.data:
+            inputs = arguments_of(batch, self.model, self.example)
+            size = inputs.batch
+            rows = [row for row in range(size) if wanted(start + row)]
+            start += size
+            for piece in range(0, len(rows), _ROWS):
+                if most is not None and found >= most:
+                    return
+                chosen = rows[piece : piece + _ROWS]
+                found += len(chosen)
+                yield _taken(inputs, chosen, size).map(self._on_device)
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(self.example.tensors[0].device)
+
+
+def _taken(inputs: Inputs, rows: list[int], size: int) -> Inputs:
+    """Some rows of every tensor whose first dimension is the batch."""
+    if len(rows) == size:
+        return inputs
+
+    def take(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != size:
+            return tensor
+        return tensor[torch.tensor(rows, device=tensor.device)]
+
+    return inputs.map(take)
+
+
+def arguments_of(batch: Any, model: nn.Module, example: Inputs) -> Inputs:
+    """The arguments of the forward in a batch of data; labels are left out.
+
+    Args:
+        batch: A tensor, an `(inputs, targets)` pair, a tuple of arguments, or a dict.
+        model: The model.
+        example: Example inputs: how many arguments there are.
+
+    Raises:
+        InputError: It is none of these.
+
+    Example:
+        >>> pair = torch.zeros(4, 3), torch.zeros(4)
+        >>> arguments_of(pair, nn.Linear(3, 2), Inputs.of(torch.zeros(1, 3))).describe()
+        'float32[4, 3]'
+    """
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(model.forward).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            known = {name: value for name, value in batch.items() if not example.kwargs or name in example.kwargs}
+        else:
+            known = {name: value for name, value in batch.items() if name in parameters}
+        return Inputs.of(known)
+    if isinstance(batch, (tuple, list)) and batch:
+        takes = max(len(example.args), 1)
+        if len(batch) > takes or isinstance(batch[0], (Mapping, tuple, list)):
+            return arguments_of(batch[0] if takes == 1 else tuple(batch[:takes]), model, example)
+    return Inputs.of(batch)
