@@ -36,7 +36,7 @@ def constructor_arguments(module: nn.Module) -> dict[str, Any]:
 
     Example:
         >>> constructor_arguments(nn.Dropout(0.2))
-        {'p': 0.2, 'inplace': False}
+        {'p': 0.2}
     """
     known = next((rule(module) for kind in type(module).__mro__ if (rule := _RULES.get(kind)) is not None), {})
     parameters = list(inspect.signature(type(module).__init__).parameters.values())[1:]
@@ -44,6 +44,8 @@ def constructor_arguments(module: nn.Module) -> dict[str, Any]:
     if not named:
         return {name: encoded(value) for name, value in known.items()}
     found: dict[str, Any] = {}
+    # What torch.nn has for a default stays so, and older versions may not know the argument; elsewhere they change.
+    settled = type(module).__module__.startswith("torch.nn.")
     for item in named:
         if item.name in known:
             found[item.name] = encoded(known[item.name])
@@ -53,7 +55,16 @@ def constructor_arguments(module: nn.Module) -> dict[str, Any]:
             found[item.name] = encoded(getattr(module, item.name))
         elif item.default is item.empty:
             raise NotPlainError(f"its constructor needs {item.name!r}, which it does not keep")
+        if settled and item.default is not item.empty and found.get(item.name) == _plain_default(item.default):
+            found.pop(item.name, None)
     return found
+
+
+def _plain_default(value: Any) -> Any:
+    try:
+        return encoded(value)
+    except NotPlainError:
+        return value
 
 
 def encoded(value: Any) -> Any:

@@ -68,7 +68,7 @@ class ModuleSpec:
         Example:
             >>> spec = ModuleSpec.of(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
             >>> print(spec)
-            Sequential(Linear(in_features=2, out_features=3, bias=True), ReLU(inplace=False))
+            Sequential(Linear(in_features=2, out_features=3), ReLU())
             >>> spec.build()[0].weight.shape
             torch.Size([3, 2])
         """
@@ -108,17 +108,14 @@ class ModuleSpec:
             >>> ModuleSpec("Conv2d", {"in_channels": 3, "out_channels": 8, "kernel_size": [3, 3]}).build()
             Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
         """
-        if self.weights is None:
-            module = self._made(trusted, meta=False)
-        else:
-            with kept_random_state():
-                module = self._made(trusted, meta=True)
-                if any(tensor.is_meta for tensor in _tensors(module)[0].values()) or holds_plain_tensors(module):
-                    module = self._made(trusted, meta=False)
-        left = [name for name, tensor in _tensors(module)[0].items() if tensor.is_meta]
-        if left:
-            raise EditError("its weights are not in the record", path=self.type, found="none", expected=left)
-        return module.to(device=device, dtype=dtype)
+        try:
+            return self._assembled(trusted).to(device=device, dtype=dtype)
+        except TorchTrimError:
+            raise
+        except Exception as error:  # a constructor may raise anything, and what it is given may come from a file
+            raise EditError(
+                f"it cannot be made: {type(error).__name__}: {error}", path=self.type, found=self.arguments
+            ) from error
 
     def recorded(self) -> ModuleSpec:
         """The same without the live module."""
@@ -135,14 +132,25 @@ class ModuleSpec:
         """Whether nothing in it is missing."""
         return self.reason is None and all(child._whole() for child in self.children.values())
 
+    def _assembled(self, trusted: Trusted) -> nn.Module:
+        if self.weights is None:
+            module = self._made(trusted, meta=False)
+        else:
+            with kept_random_state():
+                # Without values first: the shapes are compared with those of the weights before memory is taken.
+                module = self._made(trusted, meta=True)
+                if any(tensor.is_meta for tensor in _tensors(module)[0].values()) or holds_plain_tensors(module):
+                    module = self._made(trusted, meta=False)
+        left = [name for name, tensor in _tensors(module)[0].items() if tensor.is_meta]
+        if left:
+            raise EditError("its weights are not in the record", path=self.type, expected=left)
+        return module
+
     def _made(self, trusted: Trusted, meta: bool) -> nn.Module:
         with torch.device("meta") if meta else nullcontext():
             module = self._constructed(trusted)
         for name, child in self.children.items():
-            try:
-                module.add_module(name, child._made(trusted, meta))
-            except (KeyError, TypeError) as error:
-                raise EditError(f"no name for a child: {error}", path=self.type, found=name) from error
+            module.add_module(name, child._made(trusted, meta))
         if self.weights is not None:
             _assign(module, self.type, self.weights, self.tied)
         for name, held in module.named_parameters():
@@ -167,13 +175,7 @@ class ModuleSpec:
             )
         if self.arguments is None and self.state is not None and isinstance(kind, type):
             return from_state(kind, self.state, trusted)
-        arguments = decoded(self.arguments or {}, trusted)
-        try:
-            module = kind(**arguments)
-        except Exception as error:  # a constructor may raise anything, and the arguments come from a file
-            raise EditError(
-                f"it cannot be made: {type(error).__name__}: {error}", path=self.type, found=self.arguments
-            ) from error
+        module = kind(**{name: decoded(value, trusted) for name, value in (self.arguments or {}).items()})
         if not isinstance(module, nn.Module):
             raise EditError(
                 "what was given for this class makes no module", path=self.type, found=type(module).__name__
@@ -209,7 +211,7 @@ def _described(module: nn.Module) -> ModuleSpec:
         if found is None and order == list(module._modules):
             return _with_children(spec, module, built)
         failed = f"built with {spec.arguments}, it has {found or 'other children'}"
-    except (NotPlainError, TorchTrimError, ValueError) as error:
+    except (NotPlainError, TorchTrimError) as error:
         failed = str(error)
     if not is_open_class(kind):
         return replace(empty, reason=failed)  # only its own constructor may know what such a class needs
@@ -222,10 +224,13 @@ def _described(module: nn.Module) -> ModuleSpec:
 
 def _trial(spec: ModuleSpec, module: nn.Module) -> nn.Module:
     """What the constructor makes, without values where that is enough to compare."""
-    with kept_random_state():
-        live = {name_of(type(each)): type(each) for each in module.modules()}
-        built = spec._made(live, meta=True)
-        return spec._made(live, meta=False) if holds_plain_tensors(built) else built
+    live = {name_of(type(each)): type(each) for each in module.modules()}
+    try:
+        with kept_random_state():
+            built = spec._made(live, meta=True)
+            return spec._made(live, meta=False) if holds_plain_tensors(built) else built
+    except Exception as error:  # whatever the constructor raises, it is not to be called like this
+        raise NotPlainError(f"built with {spec.arguments}, it raises {type(error).__name__}: {error}") from error
 
 
 def _with_children(spec: ModuleSpec, module: nn.Module, built: nn.Module | None) -> ModuleSpec:

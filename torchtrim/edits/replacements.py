@@ -27,10 +27,11 @@ def group_norm(num_groups: int = 32) -> Callable[[nn.Module], nn.Module | None]:
         EditError: Not a positive number; on use, a batch norm whose class does something else besides.
 
     Example:
+        >>> import torch
         >>> from torchtrim.edits.replace import replace
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
-        >>> replace(net, torch.zeros(2, 3, 4, 4), nn.BatchNorm2d, group_norm(4))[1]
-        GroupNorm(4, 8, eps=1e-05, affine=True)
+        >>> replace(net, torch.zeros(2, 3, 4, 4), nn.BatchNorm2d, group_norm(4))[1].num_groups
+        4
     """
     if type(num_groups) is not int or num_groups < 1:
         raise EditError("not a number of groups", path="num_groups", found=num_groups, expected="1 or more")
@@ -44,7 +45,8 @@ def group_norm(num_groups: int = 32) -> Callable[[nn.Module], nn.Module | None]:
         norm = nn.GroupNorm(groups, held.num_features, eps=held.eps, affine=affine)
         if affine:
             norm.weight = nn.Parameter(held.weight.detach().clone(), requires_grad=held.weight.requires_grad)
-            norm.bias = nn.Parameter(held.bias.detach().clone(), requires_grad=held.bias.requires_grad)
+            if held.bias is not None:
+                norm.bias = nn.Parameter(held.bias.detach().clone(), requires_grad=held.bias.requires_grad)
         across = {nn.BatchNorm1d: 0, nn.BatchNorm3d: 3}
         dimensions = next((count for kind, count in across.items() if isinstance(old, kind)), 2)
         rest = behind(old, (1, held.num_features, *(4,) * dimensions))
