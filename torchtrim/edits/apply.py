@@ -12,7 +12,8 @@ from torchtrim.edits.edit import Edit, from_list
 from torchtrim.edits.history import Applied, History, count_params, history, record
 from torchtrim.edits.module_spec import Trusted
 from torchtrim.edits.work import Work
-from torchtrim.errors import PathError, TorchTrimError
+from torchtrim.errors import EditError, PathError, TorchTrimError
+from torchtrim.graph.check import untrainable
 from torchtrim.graph.copying import full_copy, structural_copy, unwrap
 from torchtrim.graph.execution import inputs_from_spec
 from torchtrim.graph.inputs import ExampleInputs
@@ -124,6 +125,8 @@ def performed(work: Work, edits: Sequence[Edit]) -> Iterator[Step]:
         work.start(before)
         try:
             resolved = edit.perform(work)
+            if work.check:
+                _check_backward(before, work)
         except TorchTrimError as error:
             raise _explained(error, edit, number, len(edits), done) from error
         removed = tuple(_outermost(_names(before) - _names(work.model))) + tuple(work.gone)
@@ -132,6 +135,17 @@ def performed(work: Work, edits: Sequence[Edit]) -> Iterator[Step]:
         applied = Applied(resolved, *counts, tuple(work.notes), checked, removed)
         done.append(applied)
         yield Step(before, applied)
+
+
+def _check_backward(before: nn.Module, work: Work) -> None:
+    """A model that could be trained still can: a layer that writes in place may overwrite what a gradient needs."""
+    for training in (False, True):
+        reason = untrainable(work.model, work.inputs, training)
+        if reason is not None and untrainable(before, work.inputs, training) is None:
+            raise EditError(
+                f"no gradients would flow through it any more: {reason.partition(' Hint:')[0]}",
+                hint="a layer without inplace=True behind this place" if "inplace" in reason else None,
+            )
 
 
 def _names(model: nn.Module) -> set[str]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +19,7 @@ from torchtrim.edits.channel_rules import OpCall, Shape, shape_of
 from torchtrim.errors import EditError, TorchTrimError
 from torchtrim.graph.copying import has_function_hooks, kept_random_state, structural_copy
 from torchtrim.graph.execution import no_fused_attention
+from torchtrim.graph.fakes import Fakes
 from torchtrim.graph.inputs import Inputs
 
 
@@ -306,7 +306,7 @@ def _run(
 
 def _run_once(model: nn.Module, inputs: Inputs, follower: _Follower, tensors: dict[int, Label], hooks: bool) -> Run:
     run = follower.run
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = Fakes()
     with ExitStack() as stack:
         stack.enter_context(kept_random_state())
         stack.enter_context(torch.no_grad())
@@ -328,7 +328,7 @@ def _run_once(model: nn.Module, inputs: Inputs, follower: _Follower, tensors: di
 
 
 def _fake_twin(
-    model: nn.Module, fake: FakeTensorMode, tensors: dict[int, Label], follower: _Follower, hooks: bool
+    model: nn.Module, fake: Fakes, tensors: dict[int, Label], follower: _Follower, hooks: bool
 ) -> nn.Module:
     """The modules with fake tensors in place of parameters and buffers, all on the CPU, where operators are plain."""
     twin = structural_copy(model, user_hooks=hooks)

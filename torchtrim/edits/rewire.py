@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError, PathError, TraceError
 from torchtrim.graph.copying import has_function_hooks, kept_random_state, paused_collection, structural_copy
 from torchtrim.graph.execution import no_fused_attention
+from torchtrim.graph.fakes import Fakes
 from torchtrim.graph.guards import GUARDS
 from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.opened import opened
@@ -200,7 +201,7 @@ def run_copy(
     inputs: Inputs,
     training: bool,
     watch: Callable[[nn.Module], AbstractContextManager[Any] | None],
-    fake: FakeTensorMode | None = None,
+    fake: Fakes | None = None,
 ) -> bool:
     """Run a copy of a model once, on shapes alone where that is possible; returns whether it took the users' hooks.
 
@@ -215,7 +216,7 @@ def run_copy(
     Raises:
         EditError: The model does not run.
     """
-    fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
+    fake = fake or Fakes()
     with_hooks = (False, True) if has_function_hooks(model) else (False,)
     # A forward that depends on values has to be run; one of the user's hooks may change a shape.
     ways = [(shapes_only, hooks) for hooks in with_hooks for shapes_only in (True, False)]
@@ -236,7 +237,7 @@ def _run_once(
     inputs: Inputs,
     training: bool,
     watch: Callable[[nn.Module], AbstractContextManager[Any] | None],
-    fake: FakeTensorMode | None,
+    fake: Fakes | None,
     user_hooks: bool,
 ) -> None:
     twin = structural_copy(model, own_buffers=True, user_hooks=user_hooks).train(training)
@@ -253,7 +254,7 @@ class _RoomReader:
         self.model = model
         self.inputs = inputs
         self.path = path
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = Fakes()
         self.user_hooks = False
 
     def readings(self, training: bool) -> list[Reading]:

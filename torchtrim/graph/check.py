@@ -15,6 +15,7 @@ from torchtrim.errors import CheckFailed, GuardError, InputError
 from torchtrim.graph.copying import has_function_hooks, is_meta, kept_random_state, structural_copy
 from torchtrim.graph.execution import run_fake
 from torchtrim.graph.inputs import Inputs
+from torchtrim.graph.reading import UNKNOWABLE
 
 _TOLERANCE = 1e-4  # of the largest value: what the order of additions may change, and no more
 _SIZE_STEP = 32
@@ -161,6 +162,27 @@ def run(side: Side, variant: Variant, gradients: bool | None = None) -> Outcome:
         outputs = side.call(module, variant.inputs.fresh())
         found = _gradients(module, outputs) if gradients else None
     return Outcome(outputs, dict(module.named_buffers(remove_duplicate=False)), found)
+
+
+def untrainable(model: nn.Module, inputs: Inputs, training: bool) -> str | None:
+    """Why a backward through a model raises; `None` where none does, and where no forward comes so far.
+
+    Copies are run, whose hooks that are plain functions are left out; no `.grad` is written. A forward and a backward.
+    """
+    if is_meta(model) or any(tensor.is_meta for tensor in inputs.tensors):
+        return None
+    batch = inputs.with_batch(max(inputs.batch, 2))
+    module = structural_copy(model, own_buffers=True, user_hooks=False).train(training)
+    with kept_random_state(), torch.enable_grad():
+        try:
+            outputs = batch.fresh().call(module)
+        except (*UNKNOWABLE, GuardError):  # whether it runs is another question, which `compare` asks
+            return None
+        try:
+            _gradients(module, outputs)
+        except RuntimeError as error:
+            return str(error)
+    return None
 
 
 def _gradients(module: nn.Module, outputs: Any) -> dict[int, tuple[str, torch.Tensor | None]]:

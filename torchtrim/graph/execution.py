@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from torchtrim.errors import InputError, ModelError, TorchTrimError
 from torchtrim.graph.copying import has_function_hooks, is_meta, kept_random_state, structural_copy, unwrap
+from torchtrim.graph.fakes import Fakes
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.watch import Call, Value, Watch, dtype_name, values_of
 
@@ -224,7 +224,7 @@ def _run_once(model: nn.Module, inputs: Inputs, train: bool, *, real: bool, user
         if real:
             given = inputs.fresh()
         else:
-            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            fake = Fakes()
             # Copied before the mode is entered: inside it, the copies of plain tensors would be fakes too.
             twin, given = _faked(twin, fake), inputs.map(fake.from_tensor)
             stack.enter_context(fake)
@@ -253,7 +253,7 @@ def no_fused_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _faked(twin: nn.Module, fake: FakeTensorMode) -> nn.Module:
+def _faked(twin: nn.Module, fake: Fakes) -> nn.Module:
     """The modules with fake tensors in place of parameters and buffers, wherever they are referred to."""
     memo: dict[int, Any] = {}
     for parameter in twin.parameters():

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrize import is_parametrized
 
 from torchtrim.errors import InputError, TraceError
 from torchtrim.graph.copying import has_function_hooks, kept_random_state, paused_collection, structural_copy, unwrap
 from torchtrim.graph.execution import known_inputs, refuse_lazy
+from torchtrim.graph.fakes import Fakes
 from torchtrim.graph.guards import GUARDS
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.opening import read_forward
@@ -121,7 +121,7 @@ class Reader:
         refuse_lazy(unwrap(self.model))
         self.root = structural_copy(unwrap(self.model), own_buffers=True)
         self.inputs.bind(self.root)
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake = Fakes()
         self._names = {module: path for path, module in self.root.named_modules()}  # a shared one by its first name
         self._pairs: dict[Frame, dict[fx.Node, fx.Node]] = {}
         self._user_hooks = False

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchtrim.graph.copying import structural_copy
+from torchtrim.graph.fakes import Fakes
 from torchtrim.graph.guards import GUARDS
 from torchtrim.graph.structure import map_leaves
 
@@ -53,7 +53,7 @@ class Evaluation:
 
     model: nn.Module
     training: bool
-    fake: FakeTensorMode
+    fake: Fakes
     user_hooks: bool = False
     running: bool = False
 

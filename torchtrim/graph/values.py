@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrim.graph.copying import has_function_hooks, kept_random_state, structural_copy, unwrap
 from torchtrim.graph.execution import no_fused_attention
+from torchtrim.graph.fakes import Fakes
 from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.macs import macs_of
 from torchtrim.graph.reader import Reader, Site
@@ -48,7 +48,7 @@ class SiteValues:
     def _run_once(self, inputs: Inputs, twin: nn.Module) -> tuple[dict[Site, Any], dict[Site, int]]:
         outputs: dict[Site, Any] = {}
         macs: dict[Site, int] = {}
-        fake, counter = FakeTensorMode(allow_non_fake_inputs=True), _MacCounter()
+        fake, counter = Fakes(), _MacCounter()
         tensors = [fake.from_tensor(tensor.detach()) for tensor in inputs.tensors]
         twin.eval()  # for shapes and cost that is enough, also at train-only calls: batch norm takes a batch of one
         with kept_random_state(), torch.no_grad(), no_fused_attention(), fake, counter:
