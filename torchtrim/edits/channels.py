@@ -213,11 +213,9 @@ class _Asked:
         axes = {axis for layer in told for axis in varying(layer)}
         axis = next(iter(axes)) if len(axes) == 1 else _axis_of_one(shape)
         layers = tuple(layer.reshape(-1) for layer in told if varying(layer) == {axis})
-        if (
-            len(axes) > 1
-            or (not layers and shape[axis] > 1)
-            or any(len(set(each.tolist())) < each.size for each in layers)
-        ):
+        # A layer of its own may tie two of its channels (both directions of a recurrent one); a view repeats them.
+        repeated = any(len(set(each.tolist())) < each.size for each in layers) and not _has_weights(model, path)
+        if len(axes) > 1 or repeated or (not layers and shape[axis] > 1):
             raise EditError(
                 "its output has no channels of its own that could go one by one",
                 path=path,
@@ -238,6 +236,10 @@ class _Asked:
         after = list(self.shape)
         after[self.axis] = int((~gone[self.layers[0]]).sum())
         return Joint(self.path, (1, *self.shape[1:]), (1, *after[1:]), "narrowed")
+
+
+def _has_weights(model: nn.Module, path: str) -> bool:
+    return any(parameter is not None for parameter in model.get_submodule(path)._parameters.values())
 
 
 def _axis_of_one(shape: tuple[int, ...]) -> int:
