@@ -91,7 +91,7 @@ def replace(
         edit = Replace((*paths, *addresses), module=ModuleSpec.of(new))
     else:
         edit = Replace((*paths, *addresses))
-        object.__setattr__(edit, "change", new)
+        edit.__dict__["_change"] = new
     return run(model, example_inputs, [edit], copy=copy, check=check)
 
 
@@ -104,7 +104,6 @@ class Replace(Edit):
         types: The classes that are replaced among these; any, where it is empty. Without `what`, in the whole model.
         module: What each place gets a copy of.
         modules: What each place got, by address; decided when it is done.
-        change: The function that makes the new module of the old, as long as the edit was not recorded.
     """
 
     kind: ClassVar[str] = "replace"
@@ -112,7 +111,11 @@ class Replace(Edit):
     types: tuple[str, ...] = ()
     module: ModuleSpec | None = None
     modules: dict[str, ModuleSpec] = field(default_factory=dict)
-    change: Change | None = field(default=None, init=False, compare=False, repr=False)
+
+    @property
+    def change(self) -> Change | None:
+        """The function that makes the new module of the old, as long as the edit was not recorded."""
+        return self.__dict__.get("_change")
 
     def __str__(self) -> str:
         if self.modules:
