@@ -1,0 +1,324 @@
+"""Save edited models, load them in new processes, and compare to the bit; time and memory beside pickled models.
+
+    python benchmarks/round_trip.py                      # all (about 200 models, three edits each; hours)
+    python benchmarks/round_trip.py --quick              # a few small ones
+    python benchmarks/round_trip.py timm:resnet18 torchvision:swin_t      # only these (nothing is written)
+
+Each model is made with random weights and edited in three ways: cut in its middle and given a head; a layer removed; a
+layer with a weight inserted. Each result is saved with `torchtrim.save` and with `torch.save`. New processes, which
+have timm and torchvision imported already, load one each, and compare every parameter and buffer, and the outputs in
+eval mode and in train mode. Memory is what loading adds to the process at its peak. A run that is stopped goes on where
+it was. Writes `round_trip.json` and `round_trip.md`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import sys
+import tempfile
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from functools import partial as bind
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import Any
+
+import psutil
+import torch
+from isolated import Report, run_each
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from torch import nn
+from written import parser, write
+from zoo_models import build, names
+
+import torchtrim as tt
+from torchtrim.bench.table import Table
+
+QUICK = (
+    "torchvision:resnet18",
+    "torchvision:mobilenet_v3_small",
+    "timm:test_resnet",
+    "timm:test_vit",
+    "timm:test_convnext",
+)
+PRELOAD = ["timm", "torchvision", "torchtrim.checkpoint.load", "torchtrim.edits.plan", "torchtrim.edits.remove"]
+EDITS = ("cut + head", "remove", "insert")
+TRIES = 12
+
+
+def main() -> int:
+    options = parse()
+    stem = "round_trip_quick" if options.quick else "round_trip"
+    wanted = options.models or (list(QUICK) if options.quick else names())
+    partial = options.out / f"{stem}.partial"
+    options.out.mkdir(parents=True, exist_ok=True)
+    done = {} if options.models else _read(partial)
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+    left = [] if options.table else [name for name in wanted if name not in done]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress, partial.open("a") as file:
+        task = progress.add_task("models", total=len(left))
+        for name in left:
+            done[name] = one(name, options.memory, options.seconds)
+            if not options.models:
+                file.write(json.dumps({"model": name, **done[name]}) + "\n")
+                file.flush()
+            for edit, error in errors(done[name]).items():
+                progress.console.print(f"{name}: {edit}: {error}", markup=False, highlight=False)
+            progress.advance(task)
+    results = {name: done[name] for name in wanted if name in done}
+    tables = (totals(results), details(results))
+    if not options.models:
+        write(stem, {"results": results}, *tables, out=options.out, show=False)
+    if options.models or len(results) == len(wanted):
+        partial.unlink()
+    print(totals(results).text())
+    return 1 if any(errors(found) for found in results.values()) else 0
+
+
+def parse() -> Any:
+    made = parser(__doc__)
+    made.add_argument("models", nargs="*", help="only these, such as timm:resnet18 or detection:ssd300_vgg16")
+    made.add_argument("--memory", type=float, default=10.0, help="GB that one process may take (10)")
+    made.add_argument("--seconds", type=float, default=600.0, help="seconds that one process may take (600)")
+    made.add_argument("--table", action="store_true", help="write what was found so far, and run nothing")
+    return made.parse_args()
+
+
+def one(name: str, memory_gb: float, seconds: float) -> dict[str, Any]:
+    """Every edit of one model: made in one process, loaded in one new process for each file."""
+
+    def alone(function: Callable[[str, Report], None]) -> dict[str, Any]:
+        limits = {"jobs": 1, "memory_gb": memory_gb, "seconds": seconds}
+        ((_, found),) = run_each(function, [name], preload=PRELOAD, **limits)
+        return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = alone(bind(make, folder=Path(folder)))
+        for edit, made in found.items():
+            if "error" in made:
+                continue
+            for loader in (load_trim, load_pickle):
+                reported = alone(bind(loader, stem=Path(folder) / edit))
+                made |= reported.get("loaded", reported.get("ended", {"error": "nothing was reported"}))
+                if "error" in made:
+                    break
+    return found
+
+
+def make(name: str, report: Report, folder: Path) -> None:
+    """Edit a model in each way, save it in both forms, and write down what it computes."""
+    _quiet()
+    model, x = build(name)
+    for edit, function in zip(EDITS, (cut_and_head, remove_one, insert_one), strict=True):
+        if edit == "cut + head" and name.startswith("detection:"):
+            function = cut_only
+        began = time.perf_counter()
+        try:
+            net, what = function(model, x)
+            seconds = time.perf_counter() - began
+            began = time.perf_counter()
+            stem = folder / edit
+            factory = False if name.startswith("detection:") else name
+            tt.save(net, stem.with_suffix(".trim"), factory=factory)
+            saved = time.perf_counter() - began
+            torch.save(net, stem.with_suffix(".pt"))
+            torch.save({"x": x, "outputs": outputs(net, x), "sums": sums(net)}, stem.with_suffix(".expected"))
+            sizes = {kind: stem.with_suffix(f".{kind}").stat().st_size for kind in ("trim", "pt")}
+            report(edit, {"edit": what, "edit_s": seconds, "save_s": saved, "bytes": sizes})
+        except Exception as error:  # noqa: BLE001 (whatever is raised is the result)
+            report(edit, {"error": f"{type(error).__name__}: {error}"[:600]})
+
+
+def cut_and_head(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, str]:
+    """A head behind a cut at half of the layers, or behind the next place where one can be."""
+    return _first(places(model, x), lambda at: tt.attach_head(_cut(model, x, at), x, num_classes=7, check=False))
+
+
+def cut_only(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, str]:
+    return _first(places(model, x), lambda at: _cut(model, x, at))
+
+
+def remove_one(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, str]:
+    return _first(places(model, x), lambda at: tt.remove(model, x, [at], check=False))
+
+
+def insert_one(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, str]:
+    return _first(places(model, x), lambda at: tt.insert(model, x, nn.PReLU(), after=at, check=False))
+
+
+def _cut(model: nn.Module, x: torch.Tensor, at: str) -> nn.Module:
+    return tt.cut(model, x, after=at, check=False)
+
+
+def places(model: nn.Module, x: torch.Tensor) -> list[str]:
+    """The modules from the middle on that give one float tensor in both modes."""
+    graph = tt.trace(model, x)
+    able = [node for node in graph if node.op == "module" and node.modes == "both" and node.users]
+    able = [n for n in able if isinstance(n.output_shape, tuple) and str(n.output_dtype).startswith("float")]
+    middle = len(able) // 2
+    return [node.address for node in (*able[middle:], *able[:middle])]
+
+
+def _first(able: list[str], edit: Callable[[str], nn.Module]) -> tuple[nn.Module, str]:
+    """The result of the first place where the edit can be done."""
+    refused = []
+    for address in able[:TRIES]:
+        try:
+            return edit(address), address
+        except tt.TorchTrimError as error:
+            refused.append(f"{address}: {error}")
+    raise RuntimeError(f"none of {len(able[:TRIES])} places takes it: {refused[:2]}")
+
+
+def load_trim(name: str, report: Report, stem: Path) -> None:
+    given = build(name)[0] if name.startswith("detection:") else None
+    _loaded(report, stem, "trim", lambda path: tt.load(path, model=given))
+
+
+def load_pickle(name: str, report: Report, stem: Path) -> None:
+    _loaded(report, stem, "pt", lambda path: torch.load(path, weights_only=False))
+
+
+def _loaded(report: Report, stem: Path, kind: str, load: Callable[[Path], nn.Module]) -> None:
+    _quiet()
+    path = stem.with_suffix(f".{kind}")
+    _read_once(path)
+    before, peak = psutil.Process().memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found: dict[str, Any] = {}
+    try:
+        began = time.perf_counter()
+        net = load(path)
+        found[f"{kind}_first_s"] = time.perf_counter() - began
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # A peak that was there before hides a smaller one.
+        found[f"{kind}_peak_mb"] = (after - before) / 1e6 if after > peak else 0.0
+        expected = torch.load(stem.with_suffix(".expected"), weights_only=True)
+        if sums(net) != expected["sums"]:
+            raise RuntimeError("a parameter or a buffer differs")
+        for ours, theirs in zip(outputs(net, expected["x"]), expected["outputs"], strict=True):
+            if not torch.equal(ours, theirs) and not torch.equal(ours.isnan(), theirs.isnan()):
+                raise RuntimeError("an output differs")
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            load(path)
+            times.append(time.perf_counter() - began)
+        found[f"{kind}_s"] = min(times)
+    except Exception as error:  # noqa: BLE001 (whatever is raised is the result)
+        found["error"] = f"{kind}: {type(error).__name__}: {error}"[:600]
+    report("loaded", found)
+
+
+def _read_once(path: Path) -> None:
+    """Bring a file into the page cache, in little memory: no load is to wait for the disk."""
+    with path.open("rb") as file:
+        while file.read(2**20):
+            pass
+
+
+def sums(net: nn.Module) -> dict[str, str]:
+    """A checksum of each parameter and buffer (those no `state_dict` has, too), with its type and shape."""
+    tensors = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
+    return {name: f"{tensor.dtype}{list(tensor.shape)}{_crc(tensor)}{tensor.requires_grad}" for name, tensor in tensors}
+
+
+def _crc(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def outputs(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """What a model computes in eval mode, and in train mode with the same random numbers."""
+    found = []
+    for training, batch in ((False, x), (True, torch.cat([x, x * 0.5]))):
+        torch.manual_seed(0)
+        tried = copy.deepcopy(net).train(training)
+        with torch.no_grad():
+            found += [leaf for leaf in torch.utils._pytree.tree_leaves(tried(batch)) if isinstance(leaf, torch.Tensor)]
+    return found
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+
+
+def errors(found: dict[str, Any]) -> dict[str, str]:
+    """What went wrong, by edit."""
+    return {edit: made["error"] for edit, made in found.items() if "error" in made}
+
+
+def totals(results: dict[str, Any]) -> Table:
+    """For each edit: how many came back to the bit, and time and memory beside pickle's."""
+    rows = []
+    for edit in EDITS:
+        tried = [found[edit] for found in results.values() if edit in found]
+        right = [made for made in tried if "error" not in made]
+        if not right:
+            rows.append((edit, str(len(tried)), "0", "-", "-", "-", "-", "-"))
+            continue
+        first = [made["trim_first_s"] / made["pt_first_s"] for made in right]
+        again = [made["trim_s"] / made["pt_s"] for made in right]
+        peaks = [made[f"{kind}_peak_mb"] for kind in ("trim", "pt") for made in right]
+        middle = len(right)
+        rows.append(
+            (
+                edit,
+                str(len(tried)),
+                str(len(right)),
+                f"{median(made['trim_first_s'] for made in right):.2f}",
+                f"{median(made['pt_first_s'] for made in right):.2f}",
+                f"{geometric_mean(first):.2f} / {geometric_mean(again):.2f}",
+                f"{median(peaks[:middle]):.0f} / {median(peaks[middle:]):.0f}",
+                f"{median(made['save_s'] for made in right):.2f}",
+            )
+        )
+    columns = (
+        "edit", "models", "equal to the bit", "load, s", "torch.load, s", "ratio, first / again",
+        "peak MB, ours / torch.load", "save, s",
+    )  # fmt: skip
+    notes = [
+        "- load: the first in a new process that has timm and torchvision imported; again: the best of three more",
+        "- medians over the models; ratios are geometric means",
+    ]
+    return Table("Round trips", columns, tuple(rows), notes)
+
+
+def details(results: dict[str, Any]) -> Table:
+    """One row a model and edit."""
+    rows, notes = [], []
+    for name, found in results.items():
+        notes += [f"- **{name}**, {edit}: {error}" for edit, error in errors(found).items()]
+        for edit, made in found.items():
+            if "error" in made:
+                rows.append((name, edit, "-", "**fails**", "-", "-", "-"))
+                continue
+            rows.append(
+                (
+                    name,
+                    f"{edit} at {made['edit']}",
+                    f"{made['bytes']['trim'] / 1e6:.1f}",
+                    f"{made['trim_first_s']:.2f}",
+                    f"{made['pt_first_s']:.2f}",
+                    f"{made['trim_peak_mb']:.0f}",
+                    f"{made['pt_peak_mb']:.0f}",
+                )
+            )
+    columns = ("model", "edit", "MB", "load, s", "torch.load, s", "peak MB", "torch.load, peak MB")
+    return Table("Each model", columns, tuple(rows), notes)
+
+
+def _read(partial: Path) -> dict[str, Any]:
+    if not partial.is_file():
+        return {}
+    lines = [json.loads(line) for line in partial.read_text("utf-8").splitlines()]
+    return {line.pop("model"): line for line in lines}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
