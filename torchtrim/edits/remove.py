@@ -11,8 +11,10 @@ from torch import nn
 
 from torchtrim.edits.apply import run
 from torchtrim.edits.edit import Edit
+from torchtrim.edits.heal import composed, fit, seams_of
 from torchtrim.edits.module_spec import ModuleSpec
 from torchtrim.edits.remove_adapters import EVERY, adapters_for
+from torchtrim.edits.remove_branch import take_branches_out
 from torchtrim.edits.remove_check import Reference, assign
 from torchtrim.edits.remove_place import Taken, take_out, ways
 from torchtrim.edits.remove_runs import Run, runs_of, wanted_from
@@ -35,6 +37,7 @@ class Remove(Edit):
         paths: What to take out: paths, globs, addresses of functions.
         adapter: How to repair shapes that do not agree: `"auto"`, `"pool"`, `"slice"`, `"project"`, or `None`: refuse.
         adapters: The modules that repair them, by the address of the first call of each run; `"*"` for every place.
+        branch: Whether the whole branch goes that each of them lies in.
         heal: How to fit the joints to data: `"auto"`, `"linear"`, `"scale"`, `"norm"`, or `None`: not at all.
         taken: How each call was taken out, once it was.
         healed: The parameters that healing gave other values, by their name in the trimmed model.
@@ -44,6 +47,7 @@ class Remove(Edit):
     paths: tuple[str, ...] = ()
     adapter: str | None = "auto"
     adapters: dict[str, ModuleSpec] = field(default_factory=dict)
+    branch: bool = False
     heal: str | None = None
     taken: tuple[Taken, ...] = ()
     healed: Weights | None = None
@@ -52,6 +56,9 @@ class Remove(Edit):
         """Do it on `work.model`; returns the record with what was decided."""
         if not self.paths:
             raise EditError("nothing to remove", path="paths", found=self.paths, expected="a path, or several")
+        if self.branch:
+            branches = wanted_from(work.model, self.paths).addresses
+            return replace(self, paths=tuple(branches), taken=take_branches_out(work, branches, self.taken))
         if self.taken and not work.check and not work.planning:
             adapters = {address: work.module(spec) for address, spec in self.adapters.items()}
             _finish(work, self.taken, adapters, self.healed or {})
@@ -87,6 +94,7 @@ def remove(
     adapter: Adapter = "auto",
     heal: str | None = None,
     data: Iterable[Any] | None = None,
+    branch: bool = False,
     copy: bool = True,
     check: bool = True,
 ) -> nn.Module:
@@ -118,6 +126,9 @@ def remove(
             scales and biases of the norm layers), or `"auto"`, which chooses at each joint what agrees best with the
             original on a part of the data that is held back, or nothing.
         data: For healing: an iterable of batches, which are tensors, `(inputs, targets)` pairs or dicts.
+        branch: Take out the whole branch that each path lies in: every call between the fork and the merge that feeds
+            only that merge. `x + f(x)` becomes `x`, and so does `x * f(x)`; `cat([a, f(x)])` becomes `a`, and what
+            reads it loses its weights for the channels that are no more.
         copy: Copy the parameters. Without it the model itself is changed.
         check: Run the result, in both modes and at several sizes, against the original in which hooks put the input of
             what goes in place of its output, and compare outputs and gradients. Without it only shapes are looked at.
@@ -148,7 +159,7 @@ def remove(
         if not isinstance(module, nn.Module):
             raise EditError("an adapter is a module", path=address, found=type(module).__name__)
     specs = {address: ModuleSpec.of(module) for address, module in given.items()}
-    edit = Remove(_spelled(unwrap(model), paths), kind, specs, heal)
+    edit = Remove(_spelled(unwrap(model), paths), kind, specs, branch, heal)
     return run(model, example_inputs, [edit], copy=copy, check=check, data=data)
 
 
@@ -213,21 +224,19 @@ def _healed(
     work: Work, runs: list[Run], adapters: dict[str, nn.Module], taken: Sequence[Taken], method: str
 ) -> tuple[dict[str, nn.Module], Mapping[str, torch.Tensor]]:
     """Fit the joints to the data; the adapters, and the parameters that have other values since."""
-    from torchtrim.edits.heal import Seam, fit
-
     if work.planning:
         work.notes.append(f"heal={method!r} fits the joints to data when it is done")
         return adapters, {}
 
     def build(fitted: Mapping[str, nn.Module]) -> nn.Module:
         trial = Work(structural_copy(work.model), work.inputs, check=False)
-        take_out(trial, taken, adapters | dict(fitted))
+        take_out(trial, taken, composed(adapters, fitted))
         return trial.model
 
-    seams = [Seam(run.address, run.first.address, run.last.address) for run in runs]
-    healing = fit(structural_copy(work.model), build, seams, data=work.data, inputs=work.inputs, method=method)
+    original, seams = structural_copy(work.model), seams_of(runs)
+    healing = fit(original, build, seams, data=work.data, inputs=work.inputs, method=method)
     work.notes += healing.notes
-    adapters = adapters | dict(healing.adapters)
+    adapters = composed(adapters, healing.adapters)
     _that_works(work, runs, adapters, [taken], healing.weights)
     return adapters, healing.weights
 

@@ -55,12 +55,14 @@ def ways(model: nn.Module, runs: Sequence[Run], adapters: Mapping[str, nn.Module
             raise EditError("it is called in different ways", path=call.address, hint="'path#k', for one of its calls")
     single = [call for call in calls.values() if call.module is None or "#" in call.address]
     opened = {call.owner for call in single if call.module is None or not _is_sequential(model, call.owner)}
+    firsts = {run.address for run in runs}
     done: list[tuple[Taken, ...]] = []
     for how, copied in (("gone", False), ("passed", False), ("passed", True), ("opened", False), ("opened", True)):
         taken = []
         for address, call in calls.items():
-            own = "opened" if owners[address] & opened else _how(model, call, how, copied or address in adapters)
-            taken.append(Taken(address, own, copied, call.form))
+            copies = copied and address in firsts
+            own = "opened" if owners[address] & opened else _how(model, call, how, copies or address in adapters)
+            taken.append(Taken(address, own, copies, call.form))
         if tuple(taken) not in done:
             done.append(tuple(taken))
             yield done[-1]
@@ -148,14 +150,11 @@ def _element(work: Work, address: Address) -> tuple[nn.Module, str]:
 def _take_out_of_forwards(work: Work, taken: Sequence[Taken], adapters: Mapping[str, nn.Module]) -> None:
     rooms: dict[str, Room] = {}
     found = [(each, room, nodes) for each in taken for room, nodes in places(work, each.address, rooms)]
-    kept = {graph: _kept(graph, room) for room in rooms.values() for graph in room.graphs}
+    kept = {graph: needed(graph, room) for room in rooms.values() for graph in room.graphs}
     stays = [(each, room, _bypassed(node, each)) for each, room, nodes in found for node in nodes]
     for room in rooms.values():
         for graph in room.graphs:
-            now = _kept(graph, room)
-            for node in reversed(list(graph.nodes)):
-                if node in kept[graph] and node not in now:  # what fed nothing but the calls that went
-                    graph.erase_node(node)
+            sweep(graph, room, kept[graph])
     new: dict[str, dict[str, nn.Module]] = {path: {} for path in rooms}
     names: dict[tuple[str, str], str] = {}
     for each, room, stay in stays:
@@ -169,9 +168,17 @@ def _take_out_of_forwards(work: Work, taken: Sequence[Taken], adapters: Mapping[
         room.close(work, new[path])
 
 
-def _kept(graph: fx.Graph, room: Room) -> set[fx.Node]:
-    """What the module's output, and the values in it that are written to, depend on."""
+def needed(graph: fx.Graph, room: Room) -> set[fx.Node]:
+    """The nodes that the module's output, and the values in it that are written to, depend on."""
     return Plan(graph, room.module, [], {}, own=True).kept
+
+
+def sweep(graph: fx.Graph, room: Room, before: set[fx.Node]) -> None:
+    """Take out the nodes that were needed before, and are not any more."""
+    now = needed(graph, room)
+    for node in reversed(list(graph.nodes)):
+        if node in before and node not in now:
+            graph.erase_node(node)
 
 
 def stay(value: Any) -> Any:
