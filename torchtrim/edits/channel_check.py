@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from torchtrim.edits.channel_labels import Mask, kept_indices
+from torchtrim.edits.channel_labels import Mask, kept_indices, varying
 from torchtrim.edits.channel_trace import Flow, Run, Step, rerun, shape_after
 from torchtrim.edits.work import Work
 from torchtrim.errors import CheckFailed, EditError, GuardError
@@ -191,15 +191,16 @@ def refuse_uneven(flow: Flow, gone: Mask) -> None:
     Raises:
         EditError: It would; says where.
     """
-    for step in (step for each in flow.runs for step in each.steps):
-        for shape, label in step.outputs:
-            if shape_after(shape, label, gone) is None:
-                raise EditError(
-                    f"the parts into which {step.where} takes channels apart would lose different ones",
-                    found=f"a value of shape {list(shape)}",
-                    expected="the same channels of each part, or whole parts",
-                    hint="delete more: every channel at the same place of the other parts",
-                )
+    steps = [step for each in flow.runs for step in each.steps]
+    tables = [(layer, step.where) for step in steps for _, label in step.outputs for layer in label.layers]
+    for layer, where in (*flow.channels.tables, *tables):
+        if len(varying(layer)) > 1 and kept_indices(layer, gone) is None:
+            raise EditError(
+                f"the parts into which {where} takes channels apart would lose different ones",
+                found=f"parts by {[size for size in layer.shape if size > 1]}",
+                expected="the same channels of each part, or whole parts",
+                hint="delete more: every channel at the same place of the other parts",
+            )
     for part in flow.channels.parts:
         left = (~gone[part.channels]).sum(axis=1)
         counts = set(left.tolist())

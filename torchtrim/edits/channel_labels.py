@@ -75,6 +75,8 @@ class Channels:
         consumed: Channels of weights, along the dimension that is summed over.
         doomed: Channels of branches that are taken out.
         parts: What must stay equal.
+        tables: Channels that are taken apart and put together in another order, and where: only whole rows and columns
+            may go.
     """
 
     count: int = 1
@@ -82,6 +84,7 @@ class Channels:
     consumed: list[Layer] = field(default_factory=list)
     doomed: list[Layer] = field(default_factory=list)
     parts: list[EqualParts] = field(default_factory=list)
+    tables: list[tuple[Layer, str]] = field(default_factory=list)
     _links: list[tuple[Layer, Layer, str]] = field(default_factory=list)
     _implied: list[tuple[Layer, Layer, str]] = field(default_factory=list)
 

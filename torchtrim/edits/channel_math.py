@@ -19,7 +19,7 @@ _ELEMENTWISE = {
     *("_prelu_kernel", "prelu", "gelu", "elu", "selu", "celu", "mish", "silu", "softplus", "leaky_relu", "rrelu"),
     *("rrelu_with_noise", "threshold", "uniform", "normal", "exponential", "clamp", "clamp_min", "clamp_max", "zero"),
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "addcmul", "addcdiv", "lerp"),
-    *("_conj", "_weight_norm_interface", "nan_to_num", "logical_not", "relu6", "log_sigmoid_forward", "set_data"),
+    *("_conj", "nan_to_num", "logical_not", "relu6", "log_sigmoid_forward", "set_data"),
 }
 _REDUCTIONS = {
     *("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "prod", "max"),
@@ -111,6 +111,16 @@ def _without(call: OpCall, layers: Sequence[Layer], axes: Iterable[int], *, mixe
             for row in rows:
                 call.channels.implies(row, np.zeros(1, np.int64), f"nothing would be left to sum up in {call.where}")
     return kept
+
+
+@rule("_weight_norm_interface")
+def _weight_norm(call: OpCall) -> None:
+    weight, size, axis = call["v"], call["g"], call["dim"] % call["v"].dim()
+    operands = [(call.layers(each), shape_of(each)) for each in (weight, size)]
+    layers = joined(call.channels, operands, call.where)
+    call.channels.mixed += [layer for layer in layers if varying(layer) != {axis}]
+    call.give(call.out[0], layers)
+    call.set_aside(call.out[1:])
 
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "_safe_softmax")

@@ -336,7 +336,9 @@ def _shuffle(call: OpCall) -> None:
         order = [0, 2, 1, *range(3, len(middle))]
     layers = []
     for layer in call.layers(source):
-        moved = resized(layer, shape_of(source), middle).transpose(order)
+        table = resized(layer, shape_of(source), middle)
+        call.channels.tables.append((table, call.where))
+        moved = table.transpose(order)
         layers.append(resized(moved, tuple(middle[axis] for axis in order), shape_of(call.out)))
     call.give(call.out, layers)
 
@@ -399,19 +401,19 @@ def joined(channels: Channels, operands: Sequence[tuple[Sequence[Layer], Shape]]
                 channels.link(same[number], layer, why)
             same.setdefault(number, layer)
     results: dict[frozenset[int], Layer] = {}
-    covered: set[frozenset[int]] = set()
+    covered: dict[frozenset[int], set[int]] = {}  # by a finer layer: which operands have that
     for axes in sorted(held, key=len, reverse=True):
         first: Layer | None = next(iter(held[axes].values()))
         for layer in held[axes].values():
             channels.link(held[axes][next(iter(held[axes]))], layer, why)
         for number, (_, shape) in enumerate(operands):
             extent = frozenset(axis for axis in axes if shape[axis] > 1)
-            if number in held[axes] or not extent or first is None:
+            if number in held[axes] or number in covered.get(axes, ()) or not extent or first is None:
                 continue
             narrower = held.get(extent, {}).get(number)
             if narrower is not None:
                 channels.link(first, narrower, why)
-                covered.add(extent)
+                covered.setdefault(extent, set()).update(held[axes])
             else:
                 first = channels.fixed_along(first, extent, why)
         if first is not None and axes not in covered:

@@ -197,7 +197,7 @@ class _Follower(TorchDispatchMode):
         path, module = self.stack[-1] if self.stack else ("", None)
         name = func._schema.name.partition("::")[2]
         where = f"`{name}` in {path!r}" if path else f"`{name}` in the model's forward"
-        self.run.random |= torch.Tag.nondeterministic_seeded in func.tags
+        self.run.random |= torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs)
         if self.channels is not None:
             self._label(func, name, args, kwargs, out, results, where, module)
         outputs = tuple((shape_of(each), self.label(each)) for each in results)
@@ -261,6 +261,11 @@ class _Follower(TorchDispatchMode):
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator that can draw random numbers does: attention draws none without dropout."""
+    return bool(_bound(func, args, kwargs).get("dropout_p", 1.0))
 
 
 def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -327,9 +332,7 @@ def _run_once(model: nn.Module, inputs: Inputs, follower: _Follower, tensors: di
     return run
 
 
-def _fake_twin(
-    model: nn.Module, fake: Fakes, tensors: dict[int, Label], follower: _Follower, hooks: bool
-) -> nn.Module:
+def _fake_twin(model: nn.Module, fake: Fakes, tensors: dict[int, Label], follower: _Follower, hooks: bool) -> nn.Module:
     """The modules with fake tensors in place of parameters and buffers, all on the CPU, where operators are plain."""
     twin = structural_copy(model, user_hooks=hooks)
     memo: dict[int, Any] = {}
