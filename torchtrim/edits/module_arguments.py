@@ -44,7 +44,7 @@ def constructor_arguments(module: nn.Module) -> dict[str, Any]:
     if not named:
         return {name: encoded(value) for name, value in known.items()}
     found: dict[str, Any] = {}
-    # What torch.nn has for a default stays so, and older versions may not know the argument; elsewhere they change.
+    # The defaults of torch.nn stay, and an older version may not know an argument; in other packages they change.
     settled = type(module).__module__.startswith("torch.nn.")
     for item in named:
         if item.name in known:
@@ -55,16 +55,19 @@ def constructor_arguments(module: nn.Module) -> dict[str, Any]:
             found[item.name] = encoded(getattr(module, item.name))
         elif item.default is item.empty:
             raise NotPlainError(f"its constructor needs {item.name!r}, which it does not keep")
-        if settled and item.default is not item.empty and found.get(item.name) == _plain_default(item.default):
-            found.pop(item.name, None)
+        if settled and item.name in found and _is_default(found[item.name], item.default):
+            del found[item.name]
     return found
 
 
-def _plain_default(value: Any) -> Any:
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether plain data is a default; a number stands for a tuple of it, as in `stride=1`."""
+    if isinstance(value, list) and type(default) is int:
+        return all(item == default for item in value)
     try:
-        return encoded(value)
+        return bool(value == encoded(default))
     except NotPlainError:
-        return value
+        return False
 
 
 def encoded(value: Any) -> Any:

@@ -163,9 +163,6 @@ class ModuleSpec:
         return module
 
     def _constructed(self, trusted: Trusted) -> nn.Module:
-        kind = class_of(self.type, trusted)
-        if isinstance(kind, nn.Module):
-            return copy.deepcopy(kind)
         given = isinstance(trusted, Mapping) and self.type in trusted
         if self.arguments is None and self.state is None and not given:
             raise EditError(
@@ -173,6 +170,9 @@ class ModuleSpec:
                 path=self.type,
                 hint=f"trusted={{{self.type!r}: a module or a function that makes it}}",
             )
+        kind = class_of(self.type, trusted)
+        if isinstance(kind, nn.Module):
+            return copy.deepcopy(kind)
         if self.arguments is None and self.state is not None and isinstance(kind, type):
             return from_state(kind, self.state, trusted)
         module = kind(**{name: decoded(value, trusted) for name, value in (self.arguments or {}).items()})
