@@ -15,11 +15,10 @@ import yaml
 from torch import nn
 
 import torchtrim as tt
-from torchtrim.errors import EditError, InputError, ModelError, TorchTrimError
+from torchtrim.errors import EditError, InputError, ModelError, RecipeError, TorchTrimError
 from torchtrim.graph.inputs import Inputs
 from torchtrim.models import load_model
-from torchtrim.recipe.edit_forms import edits_of
-from torchtrim.recipe.form import RecipeError
+from torchtrim.recipe.edit_forms import edits_of, short_form
 from torchtrim.recipe.module_text import names_a_type, read_module, read_type
 from torchtrim.recipe.new import new_recipe
 from torchtrim.recipe.recipe import Recipe
@@ -287,7 +286,7 @@ def test_a_run_writes_a_folder_that_repeats_it() -> None:
     assert told["after"]["params"] == run.after.params
     assert told["machine"]["versions"]["torch"]
     report = Path("r/report.md").read_text()
-    for text in ("## What went in", "timm:test_resnet", "attach_head", "ONNX Runtime", "torch"):
+    for text in ("## What went in", "timm:test_resnet", "attach_head", "## ONNX", "onnxruntime"):
         assert text in report
 
     again = Recipe.load("r/recipe.yaml").run("again")
@@ -494,3 +493,18 @@ def test_edits_take_the_python_names() -> None:
     assert isinstance(found[0], tt.AttachHead)
     assert found[0].hidden == (8,)
     assert list(found[0].heads) == ["fc"]
+
+
+def test_a_short_record_is_read_as_the_whole_one() -> None:
+    items = [
+        {"cut": {"after": {"a": "b"}}},
+        {"attach_head": {"num_classes": 3, "pool": None, "hidden": [4, 5]}},
+        {"insert": {"module": "nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))", "before": "a"}},
+        {"replace": {"what": ["nn.ReLU", "a.*"], "new": "nn.Conv2d(2, 4, 3)"}},
+        {"remove": {"paths": ["a", "b:add"], "adapter": {"a": "nn.Conv2d(2, 2, 1)"}}},
+        {"remove": {"paths": "a", "adapter": None}},
+    ]
+    for edit in edits_of(items):
+        short = short_form(edit)
+        assert edits_of([yaml.safe_load(yaml.safe_dump(short, sort_keys=False))]) == [edit]
+        assert len(str(short)) < len(str(edit.to_dict()))

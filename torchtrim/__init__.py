@@ -10,14 +10,27 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torchtrim.bench.latency import Benchmark, benchmark
+    from torchtrim.checkpoint.load import load
+    from torchtrim.checkpoint.save import save
     from torchtrim.edits.apply import apply
+    from torchtrim.edits.channels import DeleteChannels, delete_channels
     from torchtrim.edits.cut import Cut, cut
     from torchtrim.edits.edit import Edit
+    from torchtrim.edits.fuse import FuseBatchNorm, fuse_batchnorm
     from torchtrim.edits.head import AttachHead, attach_head
     from torchtrim.edits.history import History, history
+    from torchtrim.edits.insert import Insert, insert
+    from torchtrim.edits.module_spec import ModuleSpec
     from torchtrim.edits.plan import Plan, plan
+    from torchtrim.edits.remove import Remove, remove
+    from torchtrim.edits.replace import Replace, replace
     from torchtrim.errors import (
         CheckFailed,
+        CheckpointDamaged,
+        CheckpointError,
+        CheckpointMismatch,
+        CheckpointTooNew,
+        CheckpointUntrusted,
         EditError,
         ExportError,
         ExportMismatch,
@@ -27,6 +40,7 @@ if TYPE_CHECKING:
         MissingDependency,
         ModelError,
         PathError,
+        RecipeError,
         SelectionError,
         TorchTrimError,
         TorchTrimWarning,
@@ -37,19 +51,34 @@ if TYPE_CHECKING:
     from torchtrim.graph.paths import find
     from torchtrim.graph.summary import Summary, summary
     from torchtrim.graph.trace import ModuleGraph, Node, trace
+    from torchtrim.models import load_model
+    from torchtrim.recipe.recipe import Recipe
     from torchtrim.train.freeze import freeze, unfreeze
     from torchtrim.train.groups import param_groups
 
 _HOME = {
     "bench.latency": ("Benchmark", "benchmark"),
+    "checkpoint.load": ("load",),
+    "checkpoint.save": ("save",),
     "edits.apply": ("apply",),
+    "edits.channels": ("DeleteChannels", "delete_channels"),
     "edits.cut": ("Cut", "cut"),
     "edits.edit": ("Edit",),
+    "edits.fuse": ("FuseBatchNorm", "fuse_batchnorm"),
     "edits.head": ("AttachHead", "attach_head"),
     "edits.history": ("History", "history"),
+    "edits.insert": ("Insert", "insert"),
+    "edits.module_spec": ("ModuleSpec",),
     "edits.plan": ("Plan", "plan"),
+    "edits.remove": ("Remove", "remove"),
+    "edits.replace": ("Replace", "replace"),
     "errors": (
         "CheckFailed",
+        "CheckpointDamaged",
+        "CheckpointError",
+        "CheckpointMismatch",
+        "CheckpointTooNew",
+        "CheckpointUntrusted",
         "EditError",
         "ExportError",
         "ExportMismatch",
@@ -59,6 +88,7 @@ _HOME = {
         "MissingDependency",
         "ModelError",
         "PathError",
+        "RecipeError",
         "SelectionError",
         "TorchTrimError",
         "TorchTrimWarning",
@@ -69,6 +99,8 @@ _HOME = {
     "graph.paths": ("find",),
     "graph.summary": ("Summary", "summary"),
     "graph.trace": ("ModuleGraph", "Node", "trace"),
+    "models": ("load_model",),
+    "recipe.recipe": ("Recipe",),
     "train.freeze": ("freeze", "unfreeze"),
     "train.groups": ("param_groups",),
 }
@@ -79,22 +111,35 @@ __all__ = [
     "AttachHead",
     "Benchmark",
     "CheckFailed",
+    "CheckpointDamaged",
+    "CheckpointError",
+    "CheckpointMismatch",
+    "CheckpointTooNew",
+    "CheckpointUntrusted",
     "Cut",
+    "DeleteChannels",
     "Edit",
     "EditError",
     "ExportError",
     "ExportMismatch",
     "ExportReport",
+    "FuseBatchNorm",
     "GuardError",
     "HeadError",
     "History",
     "InputError",
+    "Insert",
     "MissingDependency",
     "ModelError",
     "ModuleGraph",
+    "ModuleSpec",
     "Node",
     "PathError",
     "Plan",
+    "Recipe",
+    "RecipeError",
+    "Remove",
+    "Replace",
     "SelectionError",
     "Summary",
     "TorchTrimError",
@@ -106,12 +151,20 @@ __all__ = [
     "attach_head",
     "benchmark",
     "cut",
+    "delete_channels",
     "export_onnx",
     "find",
     "freeze",
+    "fuse_batchnorm",
     "history",
+    "insert",
+    "load",
+    "load_model",
     "param_groups",
     "plan",
+    "remove",
+    "replace",
+    "save",
     "summary",
     "trace",
     "unfreeze",

@@ -128,6 +128,10 @@ class CheckpointMismatch(CheckpointError):
     """A model that is not the one the file describes."""
 
 
+class RecipeError(TorchTrimError):
+    """A recipe that cannot be read, or a key or a value in it that does not belong."""
+
+
 class MissingDependency(TorchTrimError):
     """An optional package that is needed here and not installed."""
 

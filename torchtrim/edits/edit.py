@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -98,8 +97,7 @@ class Edit:
 def kinds() -> dict[str, type[Edit]]:
     """Every kind of edit, by its name in records."""
     for home in _HOMES:
-        if importlib.util.find_spec(f"torchtrim.edits.{home}"):
-            importlib.import_module(f"torchtrim.edits.{home}")
+        importlib.import_module(f"torchtrim.edits.{home}")
     return dict(_KINDS)
 
 

@@ -11,6 +11,7 @@ from torchtrim.edits.edit import Edit, json_schema, kinds
 from torchtrim.edits.module_spec import ModuleSpec
 from torchtrim.edits.module_types import name_of
 from torchtrim.edits.remove_adapters import EVERY
+from torchtrim.edits.weights import Weights
 from torchtrim.errors import EditError, TorchTrimError, nearest
 from torchtrim.recipe.module_text import names_a_type, read_module, read_type
 
@@ -69,6 +70,37 @@ def edit_of(item: Any, where: str) -> Edit:
         raise EditError(
             error.message, path=place, found=error.found, expected=error.expected, hint=error.hint
         ) from error
+
+
+def short_form(edit: Edit) -> dict[str, Any]:
+    """A record as `Edit.to_dict` gives it, less what is empty and would be read so without.
+
+    Example:
+        >>> from torchtrim import Cut
+        >>> short_form(Cut(("layer3",)))
+        {'kind': 'cut', 'version': 1, 'after': ['layer3'], 'single': True}
+    """
+    whole = edit.to_dict()
+    return {"kind": whole["kind"], "version": whole["version"], **_short(edit, whole)}
+
+
+def _short(value: Any, plain: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        held = {field.name: field for field in dataclasses.fields(value) if field.name in plain}
+        return {
+            name: _short(getattr(value, name), plain[name])
+            for name, field in held.items()
+            if plain[name] not in (None, [], {}) or getattr(value, name) != _default(field)
+        }
+    if isinstance(value, Mapping) and not isinstance(value, Weights):
+        return {key: _short(item, plain[key]) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_short(item, each) for item, each in zip(value, plain, strict=True)]
+    return plain
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def edits_schema() -> dict[str, Any]:

@@ -16,8 +16,10 @@ import yaml
 
 from torchtrim.edits.edit import Edit
 from torchtrim.edits.module_spec import Trusted
+from torchtrim.errors import RecipeError
 from torchtrim.graph.execution import spec_of
-from torchtrim.recipe.form import RecipeError, RecipeForm
+from torchtrim.recipe.edit_forms import short_form
+from torchtrim.recipe.form import RecipeForm
 from torchtrim.recipe.run import RecipeRun, run_recipe
 
 RECIPE, REPORT, FIGURES = "recipe.yaml", "report.md", "report.json"
@@ -84,7 +86,7 @@ def resolved_recipe(form: RecipeForm, run: RecipeRun, folder: Path, place: Path)
             section["file"] = moved(section["file"])
     shapes = spec_of(run.inputs)
     past = len(run.history.entries) - len(run.plan.steps)  # what a .trim file brought along
-    made = [entry.edit.to_dict() for entry in run.history.entries[past:]]
+    made = [short_form(entry.edit) for entry in run.history.entries[past:]]
     return {
         "recipe": data["recipe"],
         "model": {key: value for key, value in model.items() if value not in (None, {})},

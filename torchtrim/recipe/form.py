@@ -10,13 +10,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from torchtrim.errors import TorchTrimError, nearest
+from torchtrim.errors import RecipeError, nearest
 
 FORM_VERSION = 1
-
-
-class RecipeError(TorchTrimError):
-    """A recipe that cannot be read, or a key or a value in it that does not belong."""
 
 
 class _Section(BaseModel):
@@ -148,7 +144,7 @@ def checked(data: Any, where: str | None = None) -> RecipeForm:
     Example:
         >>> checked({"model": {"name": "timm:resnet18", "pretraned": True}})
         Traceback (most recent call last):
-        torchtrim.recipe.form.RecipeError: model.pretraned: no such key (expected: name, pretrained, weights, seed, \
+        torchtrim.errors.RecipeError: model.pretraned: no such key (expected: name, pretrained, weights, seed, \
 arguments). Try: one of these names: 'pretrained'
     """
     if not isinstance(data, Mapping):

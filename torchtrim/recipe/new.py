@@ -69,8 +69,10 @@ def new_recipe(
 
     Example:
         >>> import torch
-        >>> print(new_recipe("own:net", nn.Sequential(nn.Linear(4, 2)), Inputs.of(torch.zeros(1, 4))).splitlines()[11])
+        >>> text = new_recipe("own:net", nn.Sequential(nn.Linear(4, 2)), Inputs.of(torch.zeros(1, 4)))
+        >>> print(*(line for line in text.splitlines() if line.startswith(("  name", "input"))), sep="\\n")
           name: own:net
+        input: [1, 4]                   # batch first
     """
     cost = summary(model, inputs)
     shapes = spec_of(inputs)

@@ -15,11 +15,11 @@ import yaml
 from torchtrim.edits.edit import Edit
 from torchtrim.edits.module_spec import Trusted
 from torchtrim.edits.plan import Plan
-from torchtrim.errors import TorchTrimError
+from torchtrim.errors import RecipeError, TorchTrimError
 from torchtrim.graph.copying import kept_random_state
 from torchtrim.recipe.edit_forms import edit_of, edits_of
 from torchtrim.recipe.folder import run_into, to_yaml
-from torchtrim.recipe.form import RecipeError, RecipeForm, checked
+from torchtrim.recipe.form import RecipeForm, checked
 from torchtrim.recipe.run import RecipeRun, plan_recipe
 from torchtrim.recipe.schema import recipe_schema
 

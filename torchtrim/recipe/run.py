@@ -21,6 +21,7 @@ from torchtrim.edits.edit import Edit
 from torchtrim.edits.history import History, history
 from torchtrim.edits.module_spec import Trusted
 from torchtrim.edits.plan import Plan, plan
+from torchtrim.errors import RecipeError
 from torchtrim.export.onnx import export_onnx
 from torchtrim.export.report import ExportReport
 from torchtrim.graph.copying import kept_random_state
@@ -29,7 +30,7 @@ from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.summary import Summary, short, summary
 from torchtrim.models import NamedModel, load_model
 from torchtrim.recipe.data import Batches, read_data
-from torchtrim.recipe.form import ExportSection, ModelSection, RecipeError, RecipeForm, TrainingSection
+from torchtrim.recipe.form import ExportSection, ModelSection, RecipeForm, TrainingSection
 from torchtrim.train.plain_loop import Training, train_plain
 
 NET = "net.trim"
