@@ -15,6 +15,7 @@ the layers behind it need), which is why there is a judge: agreement with the or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -216,9 +217,13 @@ class _Fit:
             return
         tried = {"nothing": before}
         best: tuple[float, Map, nn.Module] | None = None
+        last = math.inf
         for mapping in self._maps(sums):
             module = mapping.module(like.dim(), seam.dim, like)
             tried[str(mapping)] = error = self.judge.error(self.student({seam.address: module}))
+            if mapping.strength is not None and error > last:
+                break  # a map that is bolder still would only be worse
+            last = math.inf if mapping.strength is None else error
             if best is None or error < best[0]:
                 best = error, mapping, module
         if best is None or (self.method == "auto" and best[0] > _WORTH * before):

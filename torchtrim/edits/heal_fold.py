@@ -28,8 +28,8 @@ def folded(model: nn.Module, place: str, mapping: Map, inputs: Inputs) -> dict[s
         mapping: The map.
         inputs: Example inputs.
     """
-    leaves = {path for path, module in model.named_modules() if not list(module.children())}
-    calls = observe(model, inputs, False, leaves | {place})
+    able = {path for path, module in model.named_modules() if isinstance(module, (nn.Linear, *_NORMS, *_CONVS))}
+    calls = observe(model, inputs, False, able | {place})
     own = [seen for seen in calls if seen.key[0] == place]
     if len(own) != 1:
         return None
