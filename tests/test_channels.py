@@ -376,13 +376,18 @@ class Fixed(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
         self.conv, self.head, self.way = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), way
+        self.tail = nn.Conv2d(2, 2, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x)
         if self.way == "view":
             x = x.view(-1, 8, 8, 8)
         elif self.way == "picked":
-            x = x + x[:, 0:1] + x[:, 0].unsqueeze(1)
+            x = x + x[:, 0].unsqueeze(1)
+        elif self.way == "one":
+            x = x + x[:, 1:2]
+        elif self.way == "window":
+            return self.tail(x[:, 4:6])
         elif self.way == "steps":
             x = torch.cat([x[:, ::2], x[:, 1::2]], 1)
         elif self.way == "sort":
@@ -391,7 +396,15 @@ class Fixed(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("way", "text"), [("view", "view"), ("picked", "select"), ("steps", "slice"), ("sort", "sort")]
+    ("way", "text"),
+    [
+        ("view", "view"),
+        ("picked", "select"),
+        ("one", "slice"),
+        ("window", "slice"),
+        ("steps", "slice"),
+        ("sort", "sort"),
+    ],
 )
 def test_where_the_forward_does_not_follow(way: str, text: str) -> None:
     net = Fixed(way)
@@ -461,3 +474,35 @@ def test_it_computes_nothing_of_a_model_on_the_meta_device() -> None:
     net = Residual().to("meta")
     narrow = delete_channels(net, X.to("meta"), "stem", [0])
     assert narrow.one.weight.shape == (6, 7, 3, 3) and narrow.one.weight.is_meta
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is standardised over its inputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = nn.functional.batch_norm(flat, None, None, training=True).reshape_as(self.weight)
+        return nn.functional.conv2d(x, weight, self.bias, groups=self.groups)
+
+
+def test_standardised_weights() -> None:
+    net = nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), Standardised(8, 8, 3, groups=2), nn.Conv2d(8, 2, 1))
+    narrow = delete_channels(net, X, "0", [1, 5])
+    assert (narrow[2].in_channels, narrow[2].groups, narrow[2].weight.shape[1]) == (6, 2, 3)
+    assert all_equal(delete_channels(net, X, "2", [1, 5]))
+
+
+class Functional(nn.Module):
+    """A layer whose weight is read without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(nn.functional.linear(x, self.first.weight, self.first.bias).relu())
+
+
+def test_a_layer_that_is_not_called() -> None:
+    narrow = delete_channels(Functional(), torch.randn(2, 6), "first", [0, -1])
+    assert narrow.first.out_features == narrow.second.in_features == 6 and all_equal(narrow)

@@ -65,6 +65,19 @@ def _compare_steps(before: list[Step], after: list[Step], gone: Mask) -> None:
         for (shape, label), (other, _) in zip(step.outputs, found.outputs, strict=False):
             if not label.aside:
                 _expect(shape_after(shape, label, gone), other, step.where)
+        _expect(_start_after(step, gone), None if found.start is None else found.start[1:], step.where)
+
+
+def _start_after(step: Step, gone: Mask) -> tuple[int, ...] | None:
+    """Where a slice has to begin: what it takes may be as wide as foretold, and be the wrong channels."""
+    if step.start is None or step.source is None:
+        return None
+    axis, first = step.start
+    for layer in step.source.layers:
+        kept = (kept_indices(layer, gone) or {}).get(axis)
+        if kept is not None:
+            return (int(kept[:first].sum()),)
+    return (first,)
 
 
 def _compare_calls(before: Run, after: Run, gone: Mask) -> None:
@@ -74,7 +87,7 @@ def _compare_calls(before: Run, after: Run, gone: Mask) -> None:
                 _expect(shape_after(shape, label, gone), other, repr(path))
 
 
-def _expect(expected: tuple[int, ...] | None, found: tuple[int, ...], where: str) -> None:
+def _expect(expected: tuple[int, ...] | None, found: tuple[int, ...] | None, where: str) -> None:
     if expected != found:
         raise EditError(
             f"the forward does not follow at {where}: a width is written there, or channels are taken apart",

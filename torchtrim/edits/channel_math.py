@@ -298,16 +298,13 @@ def _batch_norm(call: OpCall) -> None:
         for name, each in call.arguments.items()
         if isinstance(each, torch.Tensor) and name != "input" and each.dim() == 1
     ]
-    fixed = [call.channels.fixed_along(layer, _all_but(source, 1), call.where) for layer in call.layers(source)]
-    operands.append(([layer for layer in fixed if layer is not None], shape_of(source)))
+    operands.append((list(call.layers(source)), shape_of(source)))
     layers = joined(call.channels, operands, call.where)
+    # What is normalised over has channels of its own where a weight is standardised.
+    call.channels.mixed += [layer for layer in layers if varying(layer) != {1}]
     first, *others = _tensors(call.out)
     call.give(first, layers)
     call.set_aside(others)
-
-
-def _all_but(tensor: torch.Tensor, axis: int) -> list[int]:
-    return [each for each in range(tensor.dim()) if each != axis]
 
 
 def _shape_along_1(tensor: torch.Tensor) -> Shape:

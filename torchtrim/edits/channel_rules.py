@@ -215,7 +215,10 @@ def _slice(call: OpCall) -> None:
         if call["step"] != 1:
             # A step counts anew from what is left: the wrong channels would be taken, without an error.
             call.pin([layer], f"every {call['step']}th of its channels is taken by {call.where}")
-        layers.append(layer[(slice(None),) * axis + (part,)])
+        taken = layer[(slice(None),) * axis + (part,)]
+        if not varying(taken):
+            call.pin([taken], f"it is picked by its number by {call.where}")
+        layers.append(taken)
     call.give(call.out, layers)
 
 
@@ -417,5 +420,5 @@ def joined(channels: Channels, operands: Sequence[tuple[Sequence[Layer], Shape]]
             else:
                 first = channels.fixed_along(first, extent, why)
         if first is not None and axes not in covered:
-            results[varying(first)] = first
+            channels.link(results.setdefault(varying(first), first), first, why)
     return list(results.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,12 +32,16 @@ class Step:
         where: The call, in words.
         path: The module that made it.
         outputs: The shape and label of each tensor it gave.
+        start: Where a slice begins, and along which dimension.
+        source: The label of what is sliced.
     """
 
     name: str
     where: str
     path: str
     outputs: tuple[tuple[Shape, Label], ...]
+    start: tuple[int, int] | None = None
+    source: Label | None = None
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,13 @@ class _Follower(TorchDispatchMode):
         if self.channels is not None:
             self._label(func, name, args, kwargs, out, results, where, module)
         outputs = tuple((shape_of(each), self.label(each)) for each in results)
-        self.run.steps.append(Step(name, where, path, outputs))
+        step = Step(name, where, path, outputs)
+        if name == "slice":
+            sliced = _bound(func, args, kwargs)
+            axis = sliced["dim"] % sliced["self"].dim()
+            first, _, _ = slice(sliced["start"], sliced["end"]).indices(sliced["self"].shape[axis])
+            step = replace(step, start=(axis, first), source=self.label(sliced["self"]))
+        self.run.steps.append(step)
         return out
 
     def _label(

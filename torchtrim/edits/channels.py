@@ -14,7 +14,7 @@ from torch import nn
 from torchtrim.edits.apply import run
 from torchtrim.edits.channel_branches import take_out
 from torchtrim.edits.channel_check import check_shapes, check_values, refuse_uneven
-from torchtrim.edits.channel_labels import FIXED, Layer, Mask, varying
+from torchtrim.edits.channel_labels import FIXED, Label, Layer, Mask, varying
 from torchtrim.edits.channel_narrow import narrow, narrowings, tell_the_truth
 from torchtrim.edits.channel_trace import Flow, follow
 from torchtrim.edits.edit import Edit
@@ -200,6 +200,11 @@ class _Asked:
     def of(model: nn.Module, flow: Flow, path: str, numbers: Iterable[int]) -> _Asked:
         name = _first_name(model, path)
         calls = [call.outputs[0] for each in flow.runs for call in each.calls.get(name, []) if call.outputs]
+        weight = model.get_submodule(path)._parameters.get("weight")
+        if not calls and weight is not None and weight.dim():
+            # Its weight is read by the module that it lies in.
+            rows = [layer for layer in flow.tensors[id(weight)].layers if varying(layer) == {0}]
+            calls = [((1, int(weight.shape[0])), Label(tuple(layer.reshape(1, -1) for layer in rows)))]
         if not calls:
             raise PathError(
                 "it is never called for these inputs, so it has no channels",
