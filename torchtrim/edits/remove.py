@@ -17,12 +17,12 @@ from torchtrim.edits.remove_adapters import EVERY, adapters_for
 from torchtrim.edits.remove_branch import take_branches_out
 from torchtrim.edits.remove_check import Reference, assign
 from torchtrim.edits.remove_place import Taken, take_out, ways
-from torchtrim.edits.remove_runs import Run, runs_of, wanted_from
+from torchtrim.edits.remove_runs import Run, at_batch, runs_of, wanted_from
 from torchtrim.edits.weights import Weights
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import CheckFailed, EditError, TorchTrimError, TraceError
 from torchtrim.graph.copying import has_function_hooks, structural_copy, unwrap
-from torchtrim.graph.inputs import ExampleInputs
+from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.paths import Predicate, select
 
 Paths = str | type[nn.Module] | Predicate | Sequence[str | type[nn.Module] | Predicate]
@@ -74,7 +74,7 @@ class Remove(Edit):
         for each in runs:
             modules = [(call.key[0], call.module) for call in each.calls if call.module is not None]
             work.notes += [f"hooks on {path!r} went with it" for path, module in modules if has_function_hooks(module)]
-            work.joints.append(_joint(each, taken, adapters, max(work.inputs.batch, 2)))
+            work.joints.append(_joint(each, taken, adapters, work.inputs))
         work.gone += [each.address for each in taken if ":" in each.address]
         _finish(work, taken, adapters, weights)
         return replace(
@@ -84,6 +84,13 @@ class Remove(Edit):
             taken=tuple(taken),
             healed=Weights(weights) if weights else None,
         )
+
+    def __str__(self) -> str:
+        asked = [", ".join(self.paths) if len(self.paths) < 5 else f"{self.paths[0]}, ... ({len(self.paths)} paths)"]
+        asked += [f"adapter={self.adapter!r}"] if self.adapter != "auto" else []
+        asked += ["branch=True"] if self.branch else []
+        asked += [f"heal={self.heal!r}"] if self.heal is not None else []
+        return f"{self.kind}({', '.join(asked)})"
 
 
 def remove(
@@ -241,7 +248,7 @@ def _healed(
     return adapters, healing.weights
 
 
-def _joint(each: Run, taken: Sequence[Taken], adapters: Mapping[str, nn.Module], batch: int) -> Joint:
+def _joint(each: Run, taken: Sequence[Taken], adapters: Mapping[str, nn.Module], inputs: Inputs) -> Joint:
     """What `plan` shows of a run, its shapes at batch 1."""
     how = next(one.how for one in taken if one.address == each.address)
     adapter = adapters.get(each.address)
@@ -249,7 +256,5 @@ def _joint(each: Run, taken: Sequence[Taken], adapters: Mapping[str, nn.Module],
     if adapter is not None:
         told = f"adapter: {' '.join(str(adapter).split())}"
 
-    def single(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (shape[0] // batch, *shape[1:]) if shape and shape[0] % batch == 0 else shape
-
-    return Joint(str(each), single(each.first.before), single(each.last.after), told)
+    before, after = (at_batch(shape, inputs, batch=1) for shape in (each.first.before, each.last.after))
+    return Joint(str(each), before, after, told)

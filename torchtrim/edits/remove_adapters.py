@@ -10,7 +10,7 @@ from torch import nn
 
 from torchtrim.edits.adapter import KINDS, Shape, adapter_for, layout_of
 from torchtrim.edits.module_spec import ModuleSpec
-from torchtrim.edits.remove_runs import Run
+from torchtrim.edits.remove_runs import Run, at_batch
 from torchtrim.edits.rewire import run_copy
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError
@@ -53,7 +53,7 @@ def adapters_for(
                 raise EditError(
                     "its calls need different adapters",
                     path=run.address,
-                    found=[shapes[run.address], wanted],
+                    found=" and ".join(map(str, (shapes[run.address], wanted))),
                     hint=f"'{run.address}#0', to take out one call alone",
                 )
             continue
@@ -83,16 +83,16 @@ def _made(work: Work, run: Run, kind: str | None) -> nn.Module:
         raise EditError(
             f"its input cannot stand for its output: {error.message}",
             path=str(run),
-            found=list(before),
-            expected=list(after),
+            found=list(at_batch(before, work.inputs)),
+            expected=list(at_batch(after, work.inputs)),
             hint=error.hint,
         ) from error
     if kind is None:
         raise EditError(
             "its input has not the shape of its output, and no adapter is allowed",
             path=str(run),
-            found=list(before),
-            expected=list(after),
+            found=list(at_batch(before, work.inputs)),
+            expected=list(at_batch(after, work.inputs)),
             hint=f"adapter='auto', which puts in {' '.join(str(adapter).split())}",
         )
     reference = next((held for held in work.model.parameters() if held.is_floating_point()), None)

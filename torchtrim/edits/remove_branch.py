@@ -15,6 +15,7 @@ from torchtrim.edits.addresses import Address, callers, places
 from torchtrim.edits.channels import DeleteChannels
 from torchtrim.edits.joint import observe
 from torchtrim.edits.remove_place import Taken, needed, sweep
+from torchtrim.edits.remove_runs import at_batch
 from torchtrim.edits.rewire import Room, open_room
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import CheckFailed, EditError, PathError
@@ -66,14 +67,13 @@ def take_branches_out(work: Work, paths: Sequence[str], done: Sequence[Taken]) -
 
 def _take_out(work: Work, address: str, copied: bool | None) -> Taken:
     merge = _merge_of(work, address)
-    batch = max(work.inputs.batch, 2)
     if merge is None:
         shape = _delete_all_channels(work, address)
         copied = False
     else:
         shape = merge.shape
         copied = _left_out(work, merge, address, [False, True] if copied is None else [copied])
-    single = (shape[0] // batch, *shape[1:]) if shape and shape[0] % batch == 0 else shape
+    single = at_batch(shape, work.inputs, batch=1)
     work.joints.append(Joint(address, single, single, "its branch is left out"))
     return Taken(address, "branch", copied)
 

@@ -6,6 +6,7 @@ calls ends, put what went into its first call in place of what the last gave.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from torchtrim.errors import CheckFailed, EditError
 from torchtrim.graph.check import Mismatch, Side, compare
 from torchtrim.graph.copying import structural_copy
 from torchtrim.graph.inputs import Inputs
+from torchtrim.graph.reader import join
 from torchtrim.graph.watch import Value, values_of
 
 
@@ -59,8 +61,9 @@ class Reference:
         self.adapters: dict[str, str] = {}
         for run in self.runs:
             if run.address in adapters:
-                name = self.adapters[run.address] = f"adapter_of_the_check_{len(self.adapters)}"
-                self.model.add_module(name, adapters[run.address])
+                host = _host(self.model, run.first.key[0])
+                name = self.adapters[run.address] = join(host, f"adapter_of_the_check_{len(self.adapters)}")
+                self.model.get_submodule(host).add_module(name.rpartition(".")[2], adapters[run.address])
 
     def same_way(self, net: nn.Module, taken: Sequence[Taken]) -> None:
         """Run both on shapes, in both modes: the same modules are called in the same order, with the same results.
@@ -92,12 +95,15 @@ class Reference:
             Mismatch: They differ.
         """
 
+        removed = {call.key for run in self.runs for call in run.calls}
+        again = removed if any("#" in each.address for each in taken) else None
+
         def reference(module: nn.Module, inputs: Inputs) -> Any:
-            with self._hooked(module):
+            with self._hooked(module), _numbered_anew(module, again, there=True):
                 return inputs.call(module)
 
         def candidate(module: nn.Module, inputs: Inputs) -> Any:
-            with _calm(module, taken):
+            with _calm(module, taken), _numbered_anew(module, again, there=False):
                 return inputs.call(module)
 
         return compare(Side(self.model, reference), Side(net, candidate), self.inputs)
@@ -157,6 +163,53 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _host(model: nn.Module, path: str) -> str:
+    """A module inside one that goes whose forward does not run through its children: it may hold one more."""
+    for name, module in model.get_submodule(path).named_modules(prefix=path):
+        if not module._modules and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            return str(name)
+    return ""
+
+
+@contextmanager
+def _numbered_anew(module: nn.Module, removed: set[Key] | None, there: bool) -> Iterator[None]:
+    """Random numbers that depend on the path of a module and on how many of its calls went before that stay.
+
+    `compare` counts all calls, and one that is not made on one side would shift the others.
+
+    Args:
+        module: What is about to run.
+        removed: The calls that go; `None`: nothing need be done.
+        there: Whether these are still made.
+    """
+    made: dict[str, int] = {}
+    stays: dict[str, int] = {}
+    inside: list[bool] = []
+
+    def enter(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any) -> None:
+            number = made[path] = made.get(path, -1) + 1
+            inside.append(there and (path, number) in (removed or ()))
+            if not any(inside):
+                stays[path] = stays.get(path, 0) + 1
+                torch.manual_seed(zlib.crc32(f"{path} {stays[path]}".encode()))
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    handles = []
+    for path, each in module.named_modules() if removed is not None else ():
+        handles.append(each.register_forward_pre_hook(enter(path)))
+        handles.append(each.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def assign(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:

@@ -16,6 +16,7 @@ from torchtrim.edits.rewire import Room
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError, PathError
 from torchtrim.graph.guards import GUARDS
+from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.paths import select
 from torchtrim.graph.structure import leaves
 
@@ -175,15 +176,14 @@ def _module_call(seen: Seen, address: str, model: nn.Module) -> Call:
 
 def _all_called(wanted: Wanted, calls: dict[Key, Call]) -> None:
     for each in wanted.modules:
-        made = [call for call in calls.values() if call.key[0] == each.path]
-        if not made:
+        if each.number is not None and (each.path, each.number) not in calls:
+            raise PathError("no such call for these inputs", path=each.text, hint="a call that tt.trace lists")
+        if not any(call.key[0] == each.path for call in calls.values()):
             raise PathError(
                 "it is never called for these inputs, so there is nothing to join",
                 path=each.text,
                 hint="a path that tt.trace lists",
             )
-        if each.number is not None and (each.path, each.number) not in calls:
-            raise PathError("no such call", path=each.text)
 
 
 def _add_functions(work: Work, wanted: Wanted, calls: dict[Key, Call], after: dict[Key, Key | None]) -> None:
@@ -247,6 +247,12 @@ def _arguments(node: fx.Node) -> list[tuple[int | str, fx.Node, int | None]]:
         elif isinstance(argument, (list, tuple)):
             found += [(name, item, index) for index, item in enumerate(argument) if isinstance(item, fx.Node)]
     return found
+
+
+def at_batch(shape: Shape, inputs: Inputs, batch: int | None = None) -> Shape:
+    """A shape as it was seen (the batch is 2 at least), for another batch: by default that of the example inputs."""
+    seen, wanted = max(inputs.batch, 2), batch or inputs.batch
+    return (shape[0] * wanted // seen, *shape[1:]) if shape and shape[0] % seen == 0 else shape
 
 
 def main_node(node: fx.Node, form: Form) -> Any:
