@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -90,7 +90,7 @@ class Insert(Edit):
     """
 
     kind: ClassVar[str] = "insert"
-    module: ModuleSpec = field(default_factory=ModuleSpec)
+    module: ModuleSpec | None = None
     after: str | None = None
     before: str | None = None
     name: str | None = None
@@ -98,6 +98,8 @@ class Insert(Edit):
     path: str | None = None
 
     def __post_init__(self) -> None:
+        if self.module is None:
+            raise EditError("no module to put in", path="module", expected="a module: its type and arguments")
         if (self.after is None) == (self.before is None):
             raise EditError(
                 "a module is put in at one place",
@@ -112,8 +114,9 @@ class Insert(Edit):
     def perform(self, work: Work) -> Insert:
         """Put it into `work.model`."""
         where = Address.of(work.model, str(self.before if self.after is None else self.after))
-        module = work.module(self.module)
-        if work.planning and module is self.module.live:
+        spec = self.module or ModuleSpec()
+        module = work.module(spec)
+        if work.planning and module is spec.live:
             module = full_copy(module)
         fit(module, work.model, module.training)
         elements = _elements(work, where)
@@ -128,7 +131,7 @@ class Insert(Edit):
         if work.check:
             work.checked += check_insertion(work, where, path, before=self.after is None, index=self.index)
         fit(module, work.model, owners[0].training)
-        return replace(self, module=self.module.recorded(), path=path)
+        return replace(self, module=spec.recorded(), path=path)
 
     def _beside(self, elements: list[tuple[nn.Sequential, str]], module: nn.Module) -> list[nn.Module]:
         """New elements of the `Sequential`s; returns these."""

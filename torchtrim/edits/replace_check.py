@@ -91,16 +91,19 @@ def _runs(work: Work) -> list[str]:
             raise EditError(
                 f"the model does not run with the new modules in {variant.name}: {type(error).__name__}: {error}"
             ) from error
-        same = differs(expected.outputs, found.outputs) is None
-        done.append(
-            f"{variant.name}: {'equal' if same else 'runs'}{'' if same else _by(expected.outputs, found.outputs)}"
-        )
+        before, after = (_detached(flatten(outcome.outputs)) for outcome in (expected, found))
+        same = differs(before, after) is None
+        done.append(f"{variant.name}: {'equal' if same else 'runs'}{'' if same else _by(before, after)}")
     return done
 
 
-def _by(expected: Any, found: Any) -> str:
+def _detached(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
+def _by(expected: dict[str, Any], found: dict[str, Any]) -> str:
     """By how much outputs of one shape differ, as a share of the largest value."""
-    pairs = list(zip(flatten(expected).values(), flatten(found).values(), strict=False))
+    pairs = list(zip(expected.values(), found.values(), strict=False))
     shares = [
         float((one.double() - other.double()).abs().max()) / max(float(one.double().abs().max()), 1e-12)
         for one, other in pairs
