@@ -6,35 +6,31 @@
 
 Each model is made with random weights and edited in three ways: cut in its middle and given a head; a layer removed; a
 layer with a weight inserted. Each result is saved with `torchtrim.save` and with `torch.save`. New processes, which
-have timm and torchvision imported already, load one each, and compare every parameter and buffer, and the outputs in
-eval mode and in train mode. Memory is what loading adds to the process at its peak. A run that is stopped goes on where
-it was. Writes `round_trip.json` and `round_trip.md`.
+have imported torch and nothing else, load one each, and compare every parameter and buffer, and the outputs in eval
+mode and in train mode. The first load of such a process imports what the model is made of; three more show what is left
+without that. Memory is what the first load adds to the process at its peak. A run that is stopped goes on where it was.
+Writes `round_trip.json` and `round_trip.md`.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import resource
 import sys
 import tempfile
 import time
-import warnings
-import zlib
 from collections.abc import Callable
 from functools import partial as bind
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
-import psutil
 import torch
 from isolated import Report, run_each
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from round_trip_load import load_pickle, load_trim, outputs, quiet, sums
 from torch import nn
 from written import parser, write
-from zoo_models import build, names
 
 import torchtrim as tt
 from torchtrim.bench.table import Table
@@ -46,12 +42,14 @@ QUICK = (
     "timm:test_vit",
     "timm:test_convnext",
 )
-PRELOAD = ["timm", "torchvision", "torchtrim.checkpoint.load", "torchtrim.edits.plan", "torchtrim.edits.remove"]
+PRELOAD = ["torch", "psutil"]
 EDITS = ("cut + head", "remove", "insert")
 TRIES = 12
 
 
 def main() -> int:
+    from zoo_models import names
+
     options = parse()
     stem = "round_trip_quick" if options.quick else "round_trip"
     wanted = options.models or (list(QUICK) if options.quick else names())
@@ -113,7 +111,9 @@ def one(name: str, memory_gb: float, seconds: float) -> dict[str, Any]:
 
 def make(name: str, report: Report, folder: Path) -> None:
     """Edit a model in each way, save it in both forms, and write down what it computes."""
-    _quiet()
+    from zoo_models import build  # not above: the processes that load import this file too
+
+    quiet()
     model, x = build(name)
     for edit, function in zip(EDITS, (cut_and_head, remove_one, insert_one), strict=True):
         if edit == "cut + head" and name.startswith("detection:"):
@@ -176,78 +176,6 @@ def _first(able: list[str], edit: Callable[[str], nn.Module]) -> tuple[nn.Module
     raise RuntimeError(f"none of {len(able[:TRIES])} places takes it: {refused[:2]}")
 
 
-def load_trim(name: str, report: Report, stem: Path) -> None:
-    given = build(name)[0] if name.startswith("detection:") else None
-    _loaded(report, stem, "trim", lambda path: tt.load(path, model=given))
-
-
-def load_pickle(name: str, report: Report, stem: Path) -> None:
-    _loaded(report, stem, "pt", lambda path: torch.load(path, weights_only=False))
-
-
-def _loaded(report: Report, stem: Path, kind: str, load: Callable[[Path], nn.Module]) -> None:
-    _quiet()
-    path = stem.with_suffix(f".{kind}")
-    _read_once(path)
-    before, peak = psutil.Process().memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found: dict[str, Any] = {}
-    try:
-        began = time.perf_counter()
-        net = load(path)
-        found[f"{kind}_first_s"] = time.perf_counter() - began
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        # A peak that was there before hides a smaller one.
-        found[f"{kind}_peak_mb"] = (after - before) / 1e6 if after > peak else 0.0
-        expected = torch.load(stem.with_suffix(".expected"), weights_only=True)
-        if sums(net) != expected["sums"]:
-            raise RuntimeError("a parameter or a buffer differs")
-        for ours, theirs in zip(outputs(net, expected["x"]), expected["outputs"], strict=True):
-            if not torch.equal(ours, theirs) and not torch.equal(ours.isnan(), theirs.isnan()):
-                raise RuntimeError("an output differs")
-        times = []
-        for _ in range(3):
-            began = time.perf_counter()
-            load(path)
-            times.append(time.perf_counter() - began)
-        found[f"{kind}_s"] = min(times)
-    except Exception as error:  # noqa: BLE001 (whatever is raised is the result)
-        found["error"] = f"{kind}: {type(error).__name__}: {error}"[:600]
-    report("loaded", found)
-
-
-def _read_once(path: Path) -> None:
-    """Bring a file into the page cache, in little memory: no load is to wait for the disk."""
-    with path.open("rb") as file:
-        while file.read(2**20):
-            pass
-
-
-def sums(net: nn.Module) -> dict[str, str]:
-    """A checksum of each parameter and buffer (those no `state_dict` has, too), with its type and shape."""
-    tensors = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
-    return {name: f"{tensor.dtype}{list(tensor.shape)}{_crc(tensor)}{tensor.requires_grad}" for name, tensor in tensors}
-
-
-def _crc(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def outputs(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """What a model computes in eval mode, and in train mode with the same random numbers."""
-    found = []
-    for training, batch in ((False, x), (True, torch.cat([x, x * 0.5]))):
-        torch.manual_seed(0)
-        tried = copy.deepcopy(net).train(training)
-        with torch.no_grad():
-            found += [leaf for leaf in torch.utils._pytree.tree_leaves(tried(batch)) if isinstance(leaf, torch.Tensor)]
-    return found
-
-
-def _quiet() -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-
-
 def errors(found: dict[str, Any]) -> dict[str, str]:
     """What went wrong, by edit."""
     return {edit: made["error"] for edit, made in found.items() if "error" in made}
@@ -283,7 +211,7 @@ def totals(results: dict[str, Any]) -> Table:
         "peak MB, ours / torch.load", "save, s",
     )  # fmt: skip
     notes = [
-        "- load: the first in a new process that has timm and torchvision imported; again: the best of three more",
+        "- load: the first in a new process, with the imports that it needs (torch's are made); again: best of three",
         "- medians over the models; ratios are geometric means",
     ]
     return Table("Round trips", columns, tuple(rows), notes)
