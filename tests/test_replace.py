@@ -13,7 +13,7 @@ from torch import nn
 
 import torchtrim as tt
 from torchtrim.edits.edit import Edit
-from torchtrim.edits.replace import Replace, replace
+from torchtrim.edits.replace import Old, Replace, replace
 from torchtrim.edits.replacements import group_norm
 from torchtrim.graph.check import differs
 
@@ -118,6 +118,29 @@ def test_a_function_of_the_old_module() -> None:
     assert wrapped.fc[0].weight is not model.fc.weight
     assert torch.equal(outputs(wrapped, SMALL), outputs(model, SMALL))
     assert torch.equal(outputs(replayed(model, wrapped, SMALL), SMALL), outputs(wrapped, SMALL))
+
+
+def test_the_old_module_in_the_new_one() -> None:
+    class Own(nn.Linear):
+        """A class that no record may name."""
+
+    model = Net()
+    model.fc = Own(4, 2)
+    own = model.fc
+    for new in (lambda old: nn.Sequential(old, nn.Dropout(0.1)), nn.Sequential(Old(), nn.Dropout(0.1))):
+        net = replace(model, SMALL, "fc", new)
+        assert torch.equal(net.fc[0].weight, own.weight)
+        spec = tt.history(net).edits[0].modules["fc"]
+        assert spec.weights is None
+        other = copy.deepcopy(model)
+        nn.init.ones_(other.fc.weight)
+        again = replayed(other, net, SMALL, copy=False)
+        assert again.fc[0] is other.get_submodule("fc.0")
+        assert isinstance(again.fc[0], Own)
+        assert bool((again.fc[0].weight == 1).all())
+    assert replace(model, SMALL, "fc", lambda old: nn.Sequential(old), copy=False).fc[0] is own
+    with pytest.raises(tt.EditError, match="no old module"):
+        replace(model, SMALL, ":relu", nn.Sequential(Old(), nn.ReLU()))
 
 
 def test_a_function_that_changes_the_old_one() -> None:

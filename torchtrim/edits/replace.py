@@ -54,7 +54,7 @@ def replace(
             replaced goes with it.
         new: A module, of which every place gets a copy of its own, weights too; or a function of the old module, or of
             (path, old module), that returns the new one, or `None` to leave the old one in its place. It may use the
-            old module as part of the new one, and may not change its weights.
+            old module as part of the new one, and may not change its weights. In a module, `Old()` stands for the old.
         copy: Copy the parameters. Without it the model itself is changed, as for `cut`.
         check: Run the result in both modes, at several batch sizes and another input size, with a backward; what is
             replaced may compute something else, so the history says by how much the output differs, and nothing is
@@ -148,18 +148,16 @@ class Replace(Edit):
     def _wanted(self, work: Work) -> list[_Place]:
         """The places and what each gets, without those that lie inside others; calls of one name from the last on."""
         model = work.model
-        if self.modules:
-            found = [_Place.of(model, text, work.module(spec)) for text, spec in self.modules.items()]
-        else:
-            found = []
-            for address in self._addresses(model):
-                where = Address.of(model, address)
-                if where.function is None and where.path == "":
-                    raise EditError("that is the whole model", path="''", hint="the path of a module in it")
-                inside = any(where.path == each or where.path.startswith(f"{each}.") for each in _gone(found))
-                new = None if inside else self._new(work, where)
+        found: list[_Place] = []
+        for address in self.modules or self._addresses(model):
+            where = Address.of(model, address)
+            if where.function is None and where.path == "":
+                raise EditError("that is the whole model", path="''", hint="the path of a module in it")
+            if not any(where.path == each or where.path.startswith(f"{each}.") for each in _gone(found)):
+                new = self._new(work, where)
                 if new is not None:
-                    found.append(_Place.of(model, address, new))
+                    training = model.get_submodule(where.path).training
+                    found.append(_Place(where, *new, training))
         return sorted(found, key=lambda place: -(place.where.number or 0))
 
     def _addresses(self, model: nn.Module) -> list[str]:
@@ -170,38 +168,58 @@ class Replace(Edit):
 
         return [*(find(model, selected, where=fits) if selected else ()), *calls]
 
-    def _new(self, work: Work, where: Address) -> nn.Module | None:
-        if self.change is None:
-            if self.module is None:
-                raise EditError("nothing is said to be put there", path="module", expected="a module")
-            live = self.module.live
-            return work.module(self.module) if live is None else full_copy(live)
-        if where.function is not None:
+    def _new(self, work: Work, where: Address) -> tuple[nn.Module, ModuleSpec] | None:
+        """What a place gets, and the record of it."""
+        old = None if where.function is not None else work.model.get_submodule(where.path)
+        spec = self.modules.get(where.text, self.module)
+        if spec is not None:
+            new = full_copy(spec.live) if spec.live is not None else work.module(spec)
+        elif self.change is None:
+            raise EditError("nothing is said to be put there", path="module", expected="a module")
+        elif old is None:
             raise EditError("at a function there is no old module to make a new one of", path=where.text)
-        old = work.model.get_submodule(where.path)
-        given = structural_copy(old)  # so that a function that changes it changes no more than its own
-        arguments = (given,) if _takes_one(self.change) else (where.path, given)
-        new = self.change(*arguments)
-        if new is None or (new is given and difference(old, given) is None):
-            return None
-        if not isinstance(new, nn.Module):
-            raise EditError("the function returned no module", path=where.text, found=repr(new), expected="a module")
-        return new
+        else:
+            given = structural_copy(old)  # so that a function that changes it changes no more than its own
+            made = self.change(*((given,) if _takes_one(self.change) else (where.path, given)))
+            same = difference(old, given) is None
+            if made is None or (made is given and same):
+                return None
+            if not isinstance(made, nn.Module):
+                raise EditError(
+                    "the function returned no module", path=where.text, found=repr(made), expected="a module"
+                )
+            new = _exchanged(made, lambda each: each is given, Old()) if same else made
+        recorded = ModuleSpec.of(new).recorded()
+        if old is None and any(isinstance(each, Old) for each in new.modules()):
+            raise EditError("at a function there is no old module to put into the new one", path=where.text)
+        return new if old is None else _exchanged(new, lambda each: isinstance(each, Old), old), recorded
+
+
+class Old(nn.Module):
+    """Stands for the module that is replaced, in the one that replaces it: in a record, and in what `replace` is given.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 2))
+        >>> replace(net, torch.zeros(1, 4), "0", nn.Sequential(nn.Dropout(0.1), Old()))[0]
+        Sequential(
+          (0): Dropout(p=0.1, inplace=False)
+          (1): Linear(in_features=4, out_features=2, bias=True)
+        )
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The input: by itself it does nothing."""
+        return x
 
 
 @dataclass(frozen=True)
 class _Place:
-    """One place, and what it gets; the spec is of the module as it was made."""
+    """One place, what it gets, and the mode that it is in."""
 
     where: Address
     module: nn.Module
     spec: ModuleSpec
     training: bool
-
-    @staticmethod
-    def of(model: nn.Module, address: str, module: nn.Module) -> _Place:
-        where = Address.of(model, address)
-        return _Place(where, module, ModuleSpec.of(module).recorded(), model.get_submodule(where.path).training)
 
     @property
     def is_call(self) -> bool:
@@ -211,6 +229,21 @@ class _Place:
 
 def _gone(found: list[_Place]) -> Iterator[str]:
     return (place.where.path for place in found if not place.is_call)
+
+
+def _exchanged(module: nn.Module, meant: Callable[[nn.Module], bool], other: nn.Module) -> nn.Module:
+    """A module with another in place of those inside it, or of itself, that are meant."""
+    if meant(module):
+        return other
+    holders = [
+        (each, name)
+        for each in module.modules()
+        for name, child in each._modules.items()
+        if child is not None and meant(child)
+    ]
+    for holder, name in holders:
+        holder._modules[name] = other
+    return module
 
 
 def _put(work: Work, place: _Place) -> None:
