@@ -111,6 +111,28 @@ def test_a_model_of_timm_cut_and_given_a_head(name: str, after: str, tmp_path: P
     assert (tmp_path / "net.trim").read_bytes() == (tmp_path / "again.trim").read_bytes()
 
 
+HEALING = [torch.randn(8, 3, 64, 64) for _ in range(2)]
+EDITS = {
+    "remove": lambda m, x: tt.remove(m, x, ["layer1.0.act1", "layer4"]),
+    "remove and heal": lambda m, x: tt.remove(m, x, ["layer3"], heal="linear", data=HEALING),
+    "insert": lambda m, x: tt.insert(m, x, nn.PReLU(), after="layer2.0.bn1"),
+    "replace": lambda m, x: tt.replace(m, x, nn.BatchNorm2d, lambda old: nn.GroupNorm(1, old.num_features)),
+    "fuse": lambda m, x: tt.fuse_batchnorm(m, x),
+    "delete channels": lambda m, x: tt.delete_channels(m, x, "layer2.0.conv1", [0, 3]),
+    "several": lambda m, x: tt.attach_head(
+        tt.insert(tt.remove(tt.cut(m, x, after="layer3"), x, ["layer2"]), x, nn.PReLU(), after="layer1"), x, 3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_every_kind_of_edit(name: str, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 64, 64)
+    net = EDITS[name](shaken(timm.create_model("test_resnet")).eval(), x)
+    save(net, tmp_path / "net.trim", factory="timm:test_resnet")
+    assert_same(net, load(tmp_path / "net.trim"), x)
+
+
 def test_timm_s_own_name_is_found_and_verified(tmp_path: Path) -> None:
     x = torch.randn(1, 3, 160, 160)
     model = shaken(timm.create_model("test_resnet", num_classes=4, drop_rate=0.25))
