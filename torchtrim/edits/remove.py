@@ -18,6 +18,7 @@ from torchtrim.edits.remove_branch import take_branches_out
 from torchtrim.edits.remove_check import Reference, assign
 from torchtrim.edits.remove_place import Taken, take_out, ways
 from torchtrim.edits.remove_runs import Run, at_batch, runs_of, wanted_from
+from torchtrim.edits.rewire import Room
 from torchtrim.edits.weights import Weights
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import CheckFailed, EditError, TorchTrimError, TraceError
@@ -61,22 +62,23 @@ class Remove(Edit):
             return replace(self, paths=tuple(branches), taken=take_branches_out(work, branches, self.taken))
         if self.taken and not work.check and not work.planning:
             adapters = {address: work.module(spec) for address, spec in self.adapters.items()}
-            _finish(work, self.taken, adapters, self.healed or {})
+            _finish(work, self.taken, adapters, self.healed or {}, {})
             return self
         wanted = wanted_from(work.model, self.paths)
-        runs = runs_of(work, wanted)
+        rooms: dict[str, Room] = {}  # what was read of forwards, which is the same for all copies
+        runs = runs_of(work, wanted, rooms)
         adapters = adapters_for(work, runs, self.adapter, self.adapters)
         weights: Mapping[str, torch.Tensor] = self.healed or {}
         choices = [self.taken] if self.taken else ways(work.model, runs, adapters)
-        taken = _that_works(work, runs, adapters, choices, weights)
+        taken = _that_works(work, runs, adapters, choices, weights, rooms)
         if self.heal is not None and not self.taken:
-            adapters, weights = _healed(work, runs, adapters, taken, self.heal)
+            adapters, weights = _healed(work, runs, adapters, taken, self.heal, rooms)
         for each in runs:
             modules = [(call.key[0], call.module) for call in each.calls if call.module is not None]
             work.notes += [f"hooks on {path!r} went with it" for path, module in modules if has_function_hooks(module)]
             work.joints.append(_joint(each, taken, adapters, work.inputs))
         work.gone += [each.address for each in taken if ":" in each.address]
-        _finish(work, taken, adapters, weights)
+        _finish(work, taken, adapters, weights, rooms)
         return replace(
             self,
             paths=tuple(wanted.addresses),
@@ -181,9 +183,13 @@ def _spelled(model: nn.Module, paths: Paths) -> tuple[str, ...]:
 
 
 def _finish(
-    work: Work, taken: Sequence[Taken], adapters: Mapping[str, nn.Module], weights: Mapping[str, torch.Tensor]
+    work: Work,
+    taken: Sequence[Taken],
+    adapters: Mapping[str, nn.Module],
+    weights: Mapping[str, torch.Tensor],
+    rooms: dict[str, Room],
 ) -> None:
-    take_out(work, taken, adapters)
+    take_out(work, taken, adapters, rooms)
     for name, tensor in weights.items():
         owner, _, key = name.rpartition(".")
         module = work.model.get_submodule(owner)
@@ -196,18 +202,19 @@ def _that_works(
     adapters: Mapping[str, nn.Module],
     choices: Iterable[Sequence[Taken]],
     weights: Mapping[str, torch.Tensor],
+    rooms: dict[str, Room],
 ) -> Sequence[Taken]:
     """The first way of taking the calls out that works, tried on copies."""
     held = dict(work.model.named_parameters(remove_duplicate=False))
     new = {name: nn.Parameter(tensor.to(held[name].device)) for name, tensor in weights.items() if name in held}
-    reference = Reference(work.model, work.inputs, runs, adapters, new)
+    reference = Reference(work.model, work.inputs, runs, adapters, new, rooms)
     if work.check:
         reference.opened_alike()
     failed: TorchTrimError | None = None
     for taken in choices:
         trial = Work(structural_copy(work.model), work.inputs, check=False)
         try:
-            take_out(trial, taken, adapters)
+            take_out(trial, taken, adapters, rooms)
             assign(trial.model, new)
             reference.same_way(trial.model, taken)
             if work.check:
@@ -228,7 +235,12 @@ def _that_works(
 
 
 def _healed(
-    work: Work, runs: list[Run], adapters: dict[str, nn.Module], taken: Sequence[Taken], method: str
+    work: Work,
+    runs: list[Run],
+    adapters: dict[str, nn.Module],
+    taken: Sequence[Taken],
+    method: str,
+    rooms: dict[str, Room],
 ) -> tuple[dict[str, nn.Module], Mapping[str, torch.Tensor]]:
     """Fit the joints to the data; the adapters, and the parameters that have other values since."""
     if work.planning:
@@ -237,14 +249,14 @@ def _healed(
 
     def build(fitted: Mapping[str, nn.Module]) -> nn.Module:
         trial = Work(structural_copy(work.model), work.inputs, check=False)
-        take_out(trial, taken, composed(adapters, fitted))
+        take_out(trial, taken, composed(adapters, fitted), rooms)
         return trial.model
 
     original, seams = structural_copy(work.model), seams_of(runs)
     healing = fit(original, build, seams, data=work.data, inputs=work.inputs, method=method)
     work.notes += healing.notes
     adapters = composed(adapters, healing.adapters)
-    _that_works(work, runs, adapters, [taken], healing.weights)
+    _that_works(work, runs, adapters, [taken], healing.weights, rooms)
     return adapters, healing.weights
 
 

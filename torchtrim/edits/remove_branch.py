@@ -40,14 +40,14 @@ class Merge:
     """Where a branch ends.
 
     Attributes:
-        owner: The module whose forward merges it.
+        room: The module whose forward merges it.
         name: The function that does.
         positions: Which of the owner's calls of that function, and which of its two operands the branch gives; one
             pair for each graph.
         shape: The shape of the value.
     """
 
-    owner: str
+    room: Room
     name: str
     positions: list[tuple[int, int]]
     shape: tuple[int, ...]
@@ -87,7 +87,7 @@ def _left_out(work: Work, merge: Merge, address: str, choices: list[bool]) -> bo
         _change(trial, merge, _neutralise)
         reference = trial.model
         opened = Work(structural_copy(work.model), work.inputs)
-        open_room(opened, merge.owner).close(opened)
+        merge.room.on(opened).close(opened)
         compare(Side(work.model), Side(opened.model), work.inputs)
     for copied in choices:
         trial = Work(structural_copy(work.model), work.inputs)
@@ -144,7 +144,7 @@ def _merge_of(work: Work, address: str) -> Merge | None:
             )
         positions.append((_same_calls(graph, name).index(merge), branch))
     shape = tuple(room.value(next(each for each in merges if each is not None))[0].shape)
-    return Merge(room.path, name, positions, shape)
+    return Merge(room, name, positions, shape)
 
 
 def _merge(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
@@ -190,7 +190,7 @@ def _same_calls(graph: fx.Graph, name: str) -> list[fx.Node]:
 
 def _change(work: Work, merge: Merge, change: Callable[[fx.Node, int], None]) -> None:
     """Open the module that merges, change the merge in each of its graphs, and leave out what is not needed then."""
-    room = open_room(work, merge.owner)
+    room = merge.room.on(work)
     for graph, (number, branch) in zip(room.graphs, merge.positions, strict=True):
         before = needed(graph, room)
         change(_same_calls(graph, merge.name)[number], branch)

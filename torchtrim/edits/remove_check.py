@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torchtrim.edits.joint import Form, Key
 from torchtrim.edits.remove_place import Taken, take_out
 from torchtrim.edits.remove_runs import Run
-from torchtrim.edits.rewire import open_room, run_copy
+from torchtrim.edits.rewire import Room, run_copy
 from torchtrim.edits.work import Work
 from torchtrim.errors import CheckFailed, EditError
 from torchtrim.graph.check import Mismatch, Side, compare
@@ -37,6 +37,7 @@ class Reference:
         runs: What goes.
         adapters: What values go through, by the address of a run.
         weights: Parameters with other values, by name.
+        rooms: Modules that were read already.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class Reference:
         inputs: Inputs,
         runs: Sequence[Run],
         adapters: Mapping[str, nn.Module],
-        weights: Mapping[str, nn.Parameter] | None = None,
+        weights: Mapping[str, nn.Parameter],
+        rooms: dict[str, Room],
     ) -> None:
         self.before = before
+        self.rooms = rooms
         self.inputs = inputs
         self.functional = [run for run in runs if run.functional]
         self.runs = [run for run in runs if not run.functional]
@@ -55,9 +58,9 @@ class Reference:
         work = Work(structural_copy(before), inputs)
         if self.functional:
             taken = [Taken(call.address, "opened", True, call.form) for run in self.functional for call in run.calls]
-            take_out(work, taken, adapters)
+            take_out(work, taken, adapters, rooms)
         self.model = work.model
-        assign(self.model, weights or {})
+        assign(self.model, weights)
         self.adapters: dict[str, str] = {}
         for run in self.runs:
             if run.address in adapters:
@@ -114,13 +117,17 @@ class Reference:
         Raises:
             CheckFailed: They do not.
         """
+        owners = dict.fromkeys(call.owner for run in self.functional for call in run.calls if call.module is None)
+        if not owners:
+            return
         work = Work(structural_copy(self.before), self.inputs)
-        for owner in dict.fromkeys(call.owner for run in self.functional for call in run.calls if call.module is None):
-            open_room(work, owner).close(work)
-            try:
-                compare(Side(self.before), Side(work.model), self.inputs)
-            except Mismatch as error:
-                raise CheckFailed(f"it cannot be opened: {error.message}", path=owner or "the model") from error
+        for room in [self.rooms[owner].on(work) for owner in owners]:
+            room.close(work)
+        try:
+            compare(Side(self.before), Side(work.model), self.inputs)
+        except Mismatch as error:
+            where = ", ".join(owner or "the model" for owner in owners)
+            raise CheckFailed(f"it cannot be opened: {error.message}", path=where) from error
 
     def _trail(
         self, model: nn.Module, training: bool, around: Callable[[nn.Module], Any]

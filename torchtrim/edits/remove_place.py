@@ -91,18 +91,23 @@ def _holders(model: nn.Module, path: str) -> list[tuple[nn.Module, str]]:
     return [(parent, name) for parent in model.modules() for name, each in parent._modules.items() if each is child]
 
 
-def take_out(work: Work, taken: Sequence[Taken], adapters: Mapping[str, nn.Module]) -> None:
+def take_out(
+    work: Work, taken: Sequence[Taken], adapters: Mapping[str, nn.Module], rooms: dict[str, Room] | None = None
+) -> None:
     """Take calls out of `work.model`.
 
     Args:
         work: The model that is worked on.
         taken: The calls, and how.
         adapters: What a value goes through, by the address of the call in whose place it is.
+        rooms: Modules that were read already, in this model or a copy of it; those read now are added.
 
     Raises:
         EditError: A module that has to be opened cannot be.
     """
-    _take_out_of_forwards(work, [each for each in taken if each.how == "opened"], adapters)
+    opened = [each for each in taken if each.how == "opened"]
+    if opened:
+        _take_out_of_forwards(work, opened, adapters, {} if rooms is None else rooms)
     for each in taken:
         if each.how == "opened":
             continue
@@ -147,9 +152,13 @@ def _element(work: Work, address: Address) -> tuple[nn.Module, str]:
     return parent, [name for name, each in parent._modules.items() if each is child][call.position]
 
 
-def _take_out_of_forwards(work: Work, taken: Sequence[Taken], adapters: Mapping[str, nn.Module]) -> None:
-    rooms: dict[str, Room] = {}
-    found = [(each, room, nodes) for each in taken for room, nodes in places(work, each.address, rooms)]
+def _take_out_of_forwards(
+    work: Work, taken: Sequence[Taken], adapters: Mapping[str, nn.Module], known: dict[str, Room]
+) -> None:
+    open_now = {path: room.on(work) for path, room in known.items()}
+    found = [(each, room, nodes) for each in taken for room, nodes in places(work, each.address, open_now)]
+    rooms = {room.path: room for _, room, _ in found}
+    known |= rooms
     kept = {graph: needed(graph, room) for room in rooms.values() for graph in room.graphs}
     stays = [(each, room, _bypassed(node, each)) for each, room, nodes in found for node in nodes]
     for room in rooms.values():

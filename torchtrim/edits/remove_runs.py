@@ -131,8 +131,13 @@ def wanted_from(model: nn.Module, paths: Sequence[str]) -> Wanted:
     return Wanted([each for each in kept if each.function is None], [each for each in kept if each.function])
 
 
-def runs_of(work: Work, wanted: Wanted) -> list[Run]:
+def runs_of(work: Work, wanted: Wanted, rooms: dict[str, Room]) -> list[Run]:
     """The runs, in the order of execution.
+
+    Args:
+        work: The model that is worked on.
+        wanted: What is to go.
+        rooms: The modules that are open already, by path; those opened now are added.
 
     Raises:
         PathError: Something is never called.
@@ -156,7 +161,7 @@ def runs_of(work: Work, wanted: Wanted) -> list[Run]:
             call.needed = call.needed or one.needed
     _all_called(wanted, calls)
     if wanted.functions:
-        _add_functions(work, wanted, calls, after)
+        _add_functions(work, wanted, calls, after, rooms)
     followers = {key for key in after.values() if key is not None}
     runs = []
     for key in calls:
@@ -186,9 +191,10 @@ def _all_called(wanted: Wanted, calls: dict[Key, Call]) -> None:
             )
 
 
-def _add_functions(work: Work, wanted: Wanted, calls: dict[Key, Call], after: dict[Key, Key | None]) -> None:
+def _add_functions(
+    work: Work, wanted: Wanted, calls: dict[Key, Call], after: dict[Key, Key | None], rooms: dict[str, Room]
+) -> None:
     """Add the calls of functions, and what they follow or are followed by in the same forward."""
-    rooms: dict[str, Room] = {}
     nodes_of: dict[Key, tuple[fx.Node, ...]] = {}
     for each in wanted.functions:
         ((room, nodes),) = places(work, each.text, rooms)

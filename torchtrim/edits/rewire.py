@@ -76,6 +76,10 @@ class Room:
         self._used = _used(self.graphs)
         self._taken: set[str] = set()
 
+    def on(self, work: Work) -> Room:
+        """The same module opened in another copy of the model, without reading it again."""
+        return Room(self.path, work.model.get_submodule(self.path), self.frame, self.calls)
+
     def modules(self, child: nn.Module) -> list[tuple[fx.Node, ...]]:
         """The calls of a child: for each its node in every graph that makes it, eval first."""
         return self._calls(
