@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -309,6 +310,14 @@ def test_a_whole_branch_of_a_sum() -> None:
     assert "b" in tt.history(narrow).entries[-1].removed
 
 
+def test_a_whole_branch_in_place() -> None:
+    net = unlike_new(Gated()).eval()
+    head, right = net.head, delete_channels(net, X, "a", range(4))
+    narrow = delete_channels(net, X, "a", range(4), copy=False)
+    assert narrow.head is head and sorted(narrow.state_dict()) == sorted(right.state_dict())
+    torch.testing.assert_close(narrow(X), right(X))
+
+
 def test_a_whole_branch_and_channels_in_one_pass() -> None:
     net = unlike_new(Gated()).eval()
     narrow = delete_channels(net, X, {"b": range(4), "a": [0], "c": [2, 3]})
@@ -332,6 +341,7 @@ WRONG: list[tuple[Any, Any, type[TorchTrimError], str]] = [
     ("stem", [8], SelectionError, "found: 8; expected: -8 to 7"),
     ("stem", [-9], SelectionError, "-8 to 7"),
     ("stem", [0.5], SelectionError, "whole numbers"),
+    ("stem", [True, 3], SelectionError, "whole numbers"),
     ("stem", "0", SelectionError, "whole numbers"),
     ("stem", [], EditError, "no channels"),
     ("stem", None, EditError, "which channels"),
@@ -453,6 +463,8 @@ def test_the_record_does_it_again() -> None:
     assert edit.narrowed["head.weight"] == {"1": (3, 4)}
     assert from_json(to_json([edit])) == [edit] and Edit.from_dict(edit.to_dict()) == edit
     assert same(tt.apply(net, X, [edit.to_dict()]), state(narrow))
+    assert str(edit) == "delete_channels(a: 3; gate: 0)"
+    assert same(tt.apply(net, X, [{"kind": "delete_channels", "channels": {"a": [3], "gate": [0]}}]), state(narrow))
 
 
 def test_plan_says_what_follows() -> None:
@@ -506,3 +518,12 @@ class Functional(nn.Module):
 def test_a_layer_that_is_not_called() -> None:
     narrow = delete_channels(Functional(), torch.randn(2, 6), "first", [0, -1])
     assert narrow.first.out_features == narrow.second.in_features == 6 and all_equal(narrow)
+
+
+@pytest.mark.parametrize(("name", "path", "size"), [("test_resnet", "layer4.0.conv2", 64), ("test_vit2", "norm", 64)])
+def test_the_model_counts_its_features(name: str, path: str, size: int) -> None:
+    net, x = timm.create_model(name), torch.randn(1, 3, size, size)
+    narrow = delete_channels(net, x, path, [0, 1])
+    assert narrow.num_features == net.num_features - 2
+    narrow.reset_classifier(7)
+    assert narrow(x).shape == (1, 7)

@@ -194,11 +194,11 @@ def _from_call(module: nn.Module, call: ModuleCall, gone: Mask) -> None:
         if not side:
             continue
         width = _width(*side[0], gone)
-        if width is None or width[1] == width[2]:
+        if width is None:
             continue
         for name in names:
-            if type(module.__dict__.get(name)) is int and module.__dict__[name] == width[1]:
-                module.__dict__[name] = width[2]
+            if type(module.__dict__.get(name)) is int and module.__dict__[name] == width[0]:
+                module.__dict__[name] = width[1]
     if not call.outputs:
         return
     shape, label = call.outputs[0]
@@ -218,13 +218,13 @@ def _from_call(module: nn.Module, call: ModuleCall, gone: Mask) -> None:
         module.num_groups = _parts_left(shape, label, module.num_groups, gone)
 
 
-def _width(shape: tuple[int, ...], label: Label, gone: Mask) -> tuple[int, int, int] | None:
-    """The dimension along which a value has channels, how many, and how many stay."""
+def _width(shape: tuple[int, ...], label: Label, gone: Mask) -> tuple[int, int] | None:
+    """How many channels a value has, and how many stay; `None` where it loses none."""
     after = shape_after(shape, label, gone)
-    axes = sorted({axis for layer in label.layers for axis in varying(layer)})
+    axes = [] if after is None else [axis for axis, size in enumerate(shape) if size != after[axis]]
     if after is None or len(axes) != 1:
         return None
-    return axes[0], shape[axes[0]], after[axes[0]]
+    return shape[axes[0]], after[axes[0]]
 
 
 def _parts_left(shape: tuple[int, ...], label: Label, parts: int, gone: Mask) -> int:
@@ -238,10 +238,11 @@ def _parts_left(shape: tuple[int, ...], label: Label, parts: int, gone: Mask) ->
 def _features(model: nn.Module, order: list[str], calls: dict[str, ModuleCall], gone: Mask) -> None:
     """The model's own count of the features that its last layer takes."""
     modules = dict(model.named_modules())
-    last = next((path for path in reversed(order) if path in modules and modules[path]._parameters), None)
-    if not last or not calls[last].given:
+    leaves = [path for path in order if path in modules and not modules[path]._modules and modules[path]._parameters]
+    last = leaves[-1] if leaves else None
+    if last is None or not calls[last].given:
         return
     width = _width(*calls[last].given[0], gone)
     for name in ("num_features", "head_hidden_size", "embed_dim"):
-        if width is not None and model.__dict__.get(name) == width[1]:
-            model.__dict__[name] = width[2]
+        if width is not None and model.__dict__.get(name) == width[0]:
+            model.__dict__[name] = width[1]

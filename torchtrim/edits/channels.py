@@ -43,6 +43,10 @@ class DeleteChannels(Edit):
     output: bool = False
     narrowed: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        told = [f"{path}: {_few(numbers)}" for path, numbers in self.channels.items()]
+        return f"{self.kind}({'; '.join(told[:6] + (['...'] if len(told) > 6 else []))})"
+
     def perform(self, work: Work) -> Edit:
         """Do it on `work.model`; returns the record with what followed."""
         if not self.channels or not all(self.channels.values()):
@@ -133,6 +137,11 @@ def delete_channels(
     return run(model, example_inputs, [DeleteChannels(numbers, output)], copy=copy, check=check)
 
 
+def _few(numbers: tuple[int, ...], limit: int = 8) -> str:
+    more = f", ... ({len(numbers)} channels)" if len(numbers) > limit else ""
+    return ", ".join(map(str, numbers[:limit])) + more
+
+
 def _selections(path: str | Mapping[str, Selection], channels: Selection | None) -> dict[str, Selection]:
     if isinstance(path, str):
         if channels is None:
@@ -169,11 +178,17 @@ def _numbers(path: str, selection: Selection, width: int) -> tuple[int, ...]:
         selection = selection.reshape(-1).tolist()
     several: Iterable[Any] = selection if isinstance(selection, Iterable) else [selection]
     try:
-        return tuple(operator.index(each) for each in several)
+        return tuple(operator.index(_no_truth_value(each)) for each in several)
     except TypeError as error:
         raise SelectionError(
             "channels are given by number", path=path, found=selection, expected="whole numbers, a slice or a mask"
         ) from error
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise TypeError("a truth value among numbers")
+    return value
 
 
 @dataclass(frozen=True, eq=False)
