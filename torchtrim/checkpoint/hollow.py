@@ -25,26 +25,37 @@ from torchtrim.graph.copying import kept_random_state
 from torchtrim.graph.structure import leaves, map_leaves
 
 
-def hollow(make: Callable[[], nn.Module]) -> nn.Module:
+def hollow(make: Callable[[], nn.Module], limit: int | None = None) -> nn.Module:
     """The model that `make` makes, hollow. Its parameters are turned to the meta device as they are registered.
 
     Where the constructor does not get on with that (it reads a parameter's values), it is made in the ordinary way, and
     its weights dropped afterwards. The random state stays as it was.
 
+    Args:
+        make: Makes the model.
+        limit: Bytes that a buffer, or a parameter made in the ordinary way, may take.
+
     Raises:
         TorchTrimError: `make` does, in the ordinary way too.
+        CheckpointError: A tensor is too large.
     """
+
+    def ordinary() -> nn.Module:
+        with bounded(limit):
+            return make()
+
     with kept_random_state():
         try:
-            with _parameters_on_meta():
+            # What is on the meta device may be of any size: embeddings that were cut away since, for one.
+            with bounded(limit, parameters=False), _parameters_on_meta():
                 model = make()
         except Exception as error:
             if isinstance(error, TorchTrimError) and not isinstance(error.__cause__, Exception):
                 raise  # a name or an argument is wrong: the constructor was never called
-            model = make()
+            model = ordinary()
         else:
             if _computed_from_parameters(model):
-                model = make()
+                model = ordinary()
     emptied(model)
     return model
 
@@ -72,8 +83,12 @@ def swap(model: nn.Module, new: Mapping[torch.Tensor, torch.Tensor]) -> None:
 
 
 @contextmanager
-def bounded(limit: int) -> Iterator[None]:
+def bounded(limit: int | None, *, parameters: bool = True) -> Iterator[None]:
     """Refuse parameters and buffers that are registered with more than `limit` bytes, before anything is written there.
+
+    Args:
+        limit: Bytes; `None` for no limit.
+        parameters: Look at parameters too, not at buffers alone.
 
     Raises:
         CheckpointError: One is that large.
@@ -81,7 +96,7 @@ def bounded(limit: int) -> Iterator[None]:
     thread = threading.get_ident()
 
     def refuse(module: nn.Module, name: str, tensor: Any) -> None:
-        if threading.get_ident() != thread or not isinstance(tensor, torch.Tensor) or is_lazy(tensor):
+        if limit is None or threading.get_ident() != thread or not isinstance(tensor, torch.Tensor) or is_lazy(tensor):
             return
         size = tensor.numel() * tensor.dtype.itemsize
         if size > limit:
@@ -93,8 +108,9 @@ def bounded(limit: int) -> Iterator[None]:
             )
 
     with ExitStack() as stack:
-        for register in (register_module_parameter_registration_hook, register_module_buffer_registration_hook):
-            stack.callback(register(refuse).remove)
+        stack.callback(register_module_buffer_registration_hook(refuse).remove)
+        if parameters:
+            stack.callback(register_module_parameter_registration_hook(refuse).remove)
         yield
 
 

@@ -22,7 +22,7 @@ from torchtrim.graph.inputs import Inputs
 _ELEMENTS = 2**28  # of all recorded inputs: 1 GB, sixteen hundred pictures
 
 
-def rebuilt(start: Factory | nn.Module, past: History, *, trusted: Trusted, limit: int) -> nn.Module:
+def rebuilt(start: Factory | nn.Module, past: History, *, trusted: Trusted, limit: int | None) -> nn.Module:
     """The model that the edits of `past` make of `start`, with hollow parameters (see `hollow`).
 
     Args:
@@ -30,7 +30,7 @@ def rebuilt(start: Factory | nn.Module, past: History, *, trusted: Trusted, limi
             already gets the others.
         past: The edits.
         trusted: Factories and classes that may be called though they are not of a known package.
-        limit: Bytes that a single tensor may take.
+        limit: Bytes that a single tensor may take, where the file says how large it is; `None` for no limit.
 
     Raises:
         CheckpointUntrusted: The factory is not allowed.
@@ -38,9 +38,14 @@ def rebuilt(start: Factory | nn.Module, past: History, *, trusted: Trusted, limi
         CheckpointError: It cannot be made.
     """
     try:
-        with kept_random_state(), paused_collection(), bounded(limit):
-            model = hollow(lambda: start.make(trusted)) if isinstance(start, Factory) else _emptied_copy(start)
-            return _edited(model, past, trusted)
+        with kept_random_state(), paused_collection():
+            if isinstance(start, Factory):
+                model = hollow(lambda: start.make(trusted), limit if start.of_a_zoo else None)
+            else:
+                model = structural_copy(start)
+                emptied(model)
+            with bounded(limit):
+                return _edited(model, past, trusted)
     except CheckpointError:
         raise
     except TorchTrimError as error:
@@ -56,12 +61,6 @@ def rebuilt(start: Factory | nn.Module, past: History, *, trusted: Trusted, limi
         made = start.name if isinstance(start, Factory) else type(start).__name__
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         raise CheckpointMismatch(f"the model cannot be made again from {made}: {reason}") from error
-
-
-def _emptied_copy(model: nn.Module) -> nn.Module:
-    copied = structural_copy(model)
-    emptied(copied)
-    return copied
 
 
 def _edited(model: nn.Module, past: History, trusted: Trusted) -> nn.Module:

@@ -25,8 +25,6 @@ from torchtrim.edits.history import history
 from torchtrim.errors import CheckpointError, CheckpointMismatch, TorchTrimError, TorchTrimWarning
 from torchtrim.graph.copying import unwrap
 
-_UNLIMITED = 2**62
-
 
 def save(
     net: nn.Module,
@@ -134,7 +132,7 @@ def _verified(net: nn.Module, factory: Factory) -> nn.Module:
     }
     if not factory.of_a_zoo:
         trusted[factory.name] = factory.imported()
-    found = rebuilt(factory, history(net), trusted=trusted, limit=_UNLIMITED)
+    found = rebuilt(factory, history(net), trusted=trusted, limit=None)
     try:
         compare(net, found)
     except CheckpointMismatch as error:
