@@ -328,6 +328,29 @@ def test_a_recipe_may_run_twice_and_start_from_a_run() -> None:
     assert tt.history(repeated.model).edits == tt.history(later.model).edits
 
 
+def test_all_kinds_of_edits_are_repeated_to_the_bit_without_the_data() -> None:
+    pictures = np.random.default_rng(0).standard_normal((16, *SMALL[1:]), dtype=np.float32)
+    np.save("x.npy", pictures)
+    edits = [
+        {"insert": {"module": "nn.Sequential(nn.Conv2d(32, 32, 1), nn.ReLU())", "after": "layer1"}},
+        {"replace": {"what": "nn.ReLU", "new": "nn.Hardswish()"}},
+        {"remove": {"paths": "layer1.0", "heal": "scale"}},
+        {"delete_channels": {"channels": {"layer2.0.conv1": [0, 3]}}},
+        "fuse_batchnorm",
+        {"cut": {"after": "layer2"}},
+    ]
+    data = {**BASE, "data": {"file": "x.npy", "batch": 8}, "edits": edits, "head": {"num_classes": 4, "hidden": 8}}
+    run = Recipe.from_dict(data).run("one")
+    assert [edit.kind for edit in run.history.edits] == [
+        *("insert", "replace", "remove", "delete_channels", "fuse_batchnorm", "cut", "attach_head")
+    ]
+    Path("x.npy").unlink()
+    again = Recipe.load("one/recipe.yaml").run("two")
+    assert same(again.model, run.model)
+    assert again.history.edits == run.history.edits
+    assert same(tt.load("two/net.trim"), run.model)
+
+
 def test_training() -> None:
     Path("data").mkdir()
     labelled("data/train.npz")
