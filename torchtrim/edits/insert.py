@@ -12,7 +12,7 @@ from torch import nn
 
 from torchtrim.edits.addresses import Address, callers, places
 from torchtrim.edits.apply import run
-from torchtrim.edits.edit import Edit
+from torchtrim.edits.edit import Edit, decided
 from torchtrim.edits.insert_check import check_insertion
 from torchtrim.edits.module_spec import ModuleSpec
 from torchtrim.edits.placing import fit, put_before, put_behind
@@ -95,7 +95,7 @@ class Insert(Edit):
     before: str | None = None
     name: str | None = None
     index: int = 0
-    path: str | None = None
+    path: str | None = decided()
 
     def __post_init__(self) -> None:
         if self.module is None:

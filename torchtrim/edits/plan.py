@@ -66,7 +66,7 @@ def plan(model: nn.Module, example_inputs: ExampleInputs | None, edits: Edits, *
                 )
             )
     kept = tuple(name for name, child in work.model.named_children())
-    return Plan(type(model).__name__, tuple(steps), kept, (first[0], params), (first[1], macs), (first[2], output))
+    return Plan(model._get_name(), tuple(steps), kept, (first[0], params), (first[1], macs), (first[2], output))
 
 
 def _cost(model: nn.Module, inputs: Inputs) -> tuple[int, tuple[str, ...]]:

@@ -221,7 +221,7 @@ def _rows(model: nn.Module, execution: Execution) -> list[Row]:
     at_work = {call.path for call in execution.calls} | set(execution.first_use)
     within = {path[:end] for path in at_work for end in (*_dots(path), len(path))} | {""}
     for path, module in model.named_modules(remove_duplicate=False):
-        kind = type(module).__name__
+        kind = module._get_name()  # an opened module goes by the name of what it was
         if first_name.setdefault(module, path) != path:
             # What is below an alias stands below its first name.
             if _parent(path) is None or first_name[model.get_submodule(_parent(path) or "")] == _parent(path):
