@@ -38,9 +38,7 @@ def adapters_for(
     addresses = dict.fromkeys(run.address for run in runs)
     unknown = [address for address in given if address not in addresses and address != EVERY]
     if unknown:
-        raise EditError(
-            "no run begins there", path=unknown[0], expected=list(addresses), hint="its first module's path"
-        )
+        raise EditError("no run of what goes begins there", path=unknown[0], expected=list(addresses))
     found: dict[str, nn.Module] = {}
     shapes: dict[str, tuple[Shape, Shape] | None] = {}
     every = given.get(EVERY)
