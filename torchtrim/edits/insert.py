@@ -155,7 +155,12 @@ class Insert(Edit):
                 names[room] = self._free(room.free_name, module)
             for node in nodes:
                 put = put_before if self.after is None else put_behind
-                shapes.append(put(room, node, self.index, names[room]))
+                try:
+                    shapes.append(put(room, node, self.index, names[room]))
+                except EditError as error:
+                    raise EditError(
+                        error.message, path=where.text, found=error.found, expected=error.expected, hint=error.hint
+                    ) from error
         if len(found) > 1:
             work.notes.append(f"{where.text!r} is called {len(found)} times: the module was put in at each")
         return shapes[0], [room.close(work, {name: module}) for room, name in names.items()]

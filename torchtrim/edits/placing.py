@@ -114,9 +114,8 @@ def put_before(room: Room, node: fx.Node, index: int, name: str) -> tuple[int, .
 def no_such_tensor(index: int, count: int) -> EditError:
     """The error for a tensor that is not there."""
     return EditError(
-        "no such tensor there" if count else "there is no tensor there",
-        path="index",
-        found=index,
+        f"there is no tensor with index {index}" if count else "no tensor goes through there",
+        found=f"{count} tensors" if count > 1 else None,
         expected=f"0 to {count - 1}" if count else "a call that takes, or returns, a tensor",
     )
 

@@ -47,7 +47,7 @@ def check_runs(work: Work, modules: Mapping[str, nn.Module]) -> None:
     if ends[0] != ends[1]:
         work.notes.append(f"the model returns {', '.join(ends[1])} where it returned {', '.join(ends[0])}")
     if work.check:
-        work.checked += _runs(work)
+        work.checked += _runs(work, list(modules))
 
 
 def check_opening(work: Work, addresses: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ def check_opening(work: Work, addresses: Sequence[str]) -> None:
         raise CheckFailed(f"a module cannot be opened here: {error.message}", path=", ".join(addresses)) from error
 
 
-def _runs(work: Work) -> list[str]:
+def _runs(work: Work, addresses: list[str]) -> list[str]:
     """Both models in every variant; the original need not run in each."""
     if is_meta(work.model):
         return ["not run: the model is on the meta device"]
@@ -89,7 +89,8 @@ def _runs(work: Work) -> list[str]:
                 done.append(f"{variant.name}: refused, the new modules hold for the example's size")
                 continue
             raise EditError(
-                f"the model does not run with the new modules in {variant.name}: {type(error).__name__}: {error}"
+                f"the model does not run with it in {variant.name}: {type(error).__name__}: {error}",
+                path=", ".join(addresses[:3]) + (", ..." if len(addresses) > 3 else ""),
             ) from error
         before, after = (_detached(flatten(outcome.outputs)) for outcome in (expected, found))
         same = differs(before, after) is None
