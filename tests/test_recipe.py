@@ -297,7 +297,7 @@ def test_a_run_writes_a_folder_that_repeats_it() -> None:
 
 
 def test_a_plan_writes_nothing() -> None:
-    planned = Recipe.from_dict({**BASE, "edits": [{"cut": {"after": "layer2"}}]}).run(plan=True)
+    planned = Recipe.from_dict({**BASE, "out": "x", "edits": [{"cut": {"after": "layer2"}}]}).run(plan=True)
     assert "layer3" in planned.removed
     assert not list(Path().iterdir())
 
@@ -376,7 +376,7 @@ def test_training() -> None:
         "export": None,
     }
     Path("deep").mkdir()
-    run = Recipe.load(written(data)).run("deep/result")
+    run = Recipe.load(written({**data, "out": "deep/result"})).run()
     assert run.training is not None
     assert len(run.training.epochs) == 2
     original = load_model("timm:test_resnet").model.state_dict()

@@ -123,7 +123,8 @@ class Recipe:
         The folder is made whole beside its place and then moved there; a run that fails leaves nothing.
 
         Args:
-            out: The folder; else the recipe's `out`, else one of the recipe's name in the current directory.
+            out: The folder; else the recipe's `out`, which starts at its own folder; else one of the recipe's name in the
+                current directory.
             plan: Only say what the edits would do, and write nothing.
             overwrite: Replace a folder that an earlier run wrote.
             trusted: Names `package.module:function` that may be imported to build the model, and classes of modules
@@ -138,7 +139,7 @@ class Recipe:
         """
         if plan:
             return plan_recipe(self.form, self.folder, self.edits, trusted)
-        place = out or self.form.out or self.name
+        place = out or (self.folder / self.form.out if self.form.out else self.name)
         if place is None:
             raise RecipeError("where does the run write to?", path="out", hint="run(out=FOLDER), or out: in the recipe")
         return run_into(Path(place), self.form, self.folder, lambda: self.edits, overwrite=overwrite, trusted=trusted)
