@@ -123,7 +123,7 @@ class Recipe:
         The folder is made whole beside its place and then moved there; a run that fails leaves nothing.
 
         Args:
-            out: The folder; else the recipe's `out`, which starts at its own folder; else one of the recipe's name in the
+            out: The folder; else the recipe's `out`, which starts at its own folder; else one of its name in the
                 current directory.
             plan: Only say what the edits would do, and write nothing.
             overwrite: Replace a folder that an earlier run wrote.
