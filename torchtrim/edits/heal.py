@@ -194,7 +194,7 @@ class _Fit:
         self.error = self.judge.error(self.student())
         with_maps = self.seams if self.method != "norm" else ()
         for number, seam in enumerate(with_maps):
-            self.told(f"joint {seam.address}", number / (len(with_maps) + 1))
+            self.told(f"joint {seam.address}", 0.5 * number / len(with_maps))
             self._join(seam)
         if self.method in ("auto", "norm"):
             self._distil()
@@ -226,7 +226,7 @@ class _Fit:
             last = math.inf if mapping.strength is None else error
             if best is None or error < best[0]:
                 best = error, mapping, module
-        if best is None or (self.method == "auto" and best[0] > _WORTH * before):
+        if best is None or (self.method == "auto" and not best[0] < _WORTH * before):
             self.choices.append(Choice(seam.address, "nothing", before, before, tried))
             return
         self.error, mapping, module = best
@@ -279,25 +279,31 @@ class _Fit:
 
     def _distil(self) -> None:
         """Train the norm layers' scales and biases, where it helps."""
-        before = self.error
-        student = self.student()
-        values, after = distilled(
-            student,
-            self.original,
-            self.calibration,
-            self.judge,
-            lambda step: self.told("norm layers", 0.5 + 0.5 * step / STEPS),
+        before, data = self.error, self.calibration
+        values, after, steps = distilled(
+            self.student(), self.original, data.to_fit, self.judge, lambda step: self._told_step(step, 0.0)
         )
-        if not values or after > _WORTH * before:
-            self.choices.append(
-                Choice("", "norm layers as they were", before, before, {"norm layers distilled": after})
-            )
+        if not values or not after < _WORTH * before:
+            tried = {"norm layers distilled": after}
+            self.choices.append(Choice("", "norm layers as they were", before, before, tried))
             return
+        # It helps on data that it did not see: now for as long, on all the data there is.
+        values, _, _ = distilled(
+            self.student(),
+            self.original,
+            data.all,
+            self.judge,
+            lambda step: self._told_step(step, 0.5),
+            steps=steps,
+        )
         own = dict(self.build(self.adapters).named_parameters())
         self.weights |= {name: value for name, value in values.items() if name in own}
         self.error = after
         what = f"scales and biases of norm layers distilled: {len(values)} tensors"
         self.choices.append(Choice("", what, before, after, {"nothing": before}))
+
+    def _told_step(self, step: int, done: float) -> None:
+        self.told("norm layers", 0.5 + 0.5 * (done + 0.5 * step / STEPS))
 
 
 class Probe(nn.Module):

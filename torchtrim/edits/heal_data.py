@@ -78,6 +78,10 @@ class Calibration:
         """What is fitted on, in pieces of a few rows."""
         yield from self._pieces(lambda row: row % _HELD_BACK != _HELD_BACK - 1)
 
+    def all(self) -> Iterator[Inputs]:
+        """Everything, likewise."""
+        yield from self._pieces(lambda row: True)
+
     def held_back(self) -> Iterator[Inputs]:
         """What is judged by, likewise: one row in five, up to some hundreds."""
         yield from self._pieces(lambda row: row % _HELD_BACK == _HELD_BACK - 1, _MOST_HELD)
@@ -137,7 +141,8 @@ def arguments_of(batch: Any, model: nn.Module, example: Inputs) -> Inputs:
             known = {name: value for name, value in batch.items() if name in parameters}
         return Inputs.of(known)
     if isinstance(batch, (tuple, list)) and batch:
-        takes = max(len(example.args), 1)
-        if len(batch) > takes or isinstance(batch[0], (Mapping, tuple, list)):
-            return arguments_of(batch[0] if takes == 1 else tuple(batch[:takes]), model, example)
+        first = example.args[0] if example.args else None
+        if isinstance(batch[0], (Mapping, tuple, list)) and not isinstance(first, (Mapping, tuple, list)):
+            return arguments_of(batch[0], model, example)
+        return Inputs.of(tuple(batch[: max(len(example.args), 1)]))
     return Inputs.of(batch)

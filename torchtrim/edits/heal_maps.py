@@ -128,7 +128,7 @@ class Sums:
     def linear(self, strength: float) -> Map:
         """Least squares of `y` on `x`, drawn to the identity by a ridge of `strength` times the mean variance of `x`.
 
-        What the removed part adds to its input is regressed, and the ridge holds back its mean as well: on convolutional
+        What the removed part adds to its input is regressed, and the ridge holds its mean back as well: on convolutional
         networks a map whose mean is right, and little else, is worse than none.
         """
         mean_x, mean_d, cov_x, cov_xd, _ = self._central()

@@ -114,8 +114,14 @@ def _has_vectors(module: nn.Module) -> bool:
 
 
 def distilled(
-    student: nn.Module, original: nn.Module, calibration: Calibration, judge: Judge, told: Callable[[int], Any]
-) -> tuple[dict[str, torch.Tensor], float]:
+    student: nn.Module,
+    original: nn.Module,
+    pieces: Callable[[], Iterator[Inputs]],
+    judge: Judge,
+    told: Callable[[int], Any],
+    *,
+    steps: int | None = None,
+) -> tuple[dict[str, torch.Tensor], float, int]:
     """Train the scales and biases of a model's norm layers for a few steps towards the original's outputs.
 
     The squared difference of the outputs, relative to their variance, is made smaller with Adam (Kingma & Ba 2015) in
@@ -126,28 +132,30 @@ def distilled(
     Args:
         student: The model, whose parameters are written to.
         original: What it is to agree with.
-        calibration: The data.
+        pieces: The data; called again when it comes to an end.
         judge: Says which of several moments was the best one; the start is one of them.
         told: Called with the number of steps done, for a progress bar.
+        steps: Stop after so many of them, unjudged.
 
     Returns:
-        The values at the best moment, by name, and the error there; none where the start was the best.
+        The values at the best moment, by name, the error there, and after how many steps it was; no values where the
+        start was the best.
     """
     student.requires_grad_(False)
     learned = norm_parameters(student)
     best: dict[str, torch.Tensor] = {}
-    error = judge.error(student)
+    error, moment = math.inf if steps else judge.error(student), 0
     if not learned:
-        return best, error
+        return best, error, moment
     for held in learned.values():
         held.requires_grad_(True)
     optimizer = torch.optim.Adam(list(learned.values()), lr=_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     with torch.enable_grad():
-        for step, pieces in enumerate(itertools.islice(_grouped(calibration), STEPS), 1):
+        for step, group in enumerate(itertools.islice(_grouped(pieces), steps or STEPS), 1):
             optimizer.zero_grad()
-            rows = sum(piece.batch for piece in pieces)
-            for piece in pieces:
+            rows = sum(piece.batch for piece in group)
+            for piece in group:
                 with torch.no_grad():
                     right = outputs_of(original, piece)
                 loss = judge.loss(outputs_of(student, piece), right) * (piece.batch / rows)
@@ -155,17 +163,19 @@ def distilled(
             optimizer.step()
             schedule.step()
             told(step)
-            if step % (STEPS // _LOOKS) == 0 and (now := judge.error(student)) < error:
-                error = now
+            if steps is None and step % (STEPS // _LOOKS) == 0 and (now := judge.error(student)) < error:
+                error, moment = now, step
                 best = {name: held.detach().clone() for name, held in learned.items()}
-    return best, error
+    if steps is not None:
+        best = {name: held.detach().clone() for name, held in learned.items()}
+    return best, error, moment
 
 
-def _grouped(calibration: Calibration) -> Iterator[list[Inputs]]:
+def _grouped(pieces: Callable[[], Iterator[Inputs]]) -> Iterator[list[Inputs]]:
     """Pieces that make up a step, again and again from the beginning of the data."""
     group: list[Inputs] = []
     while True:
-        for piece in calibration.to_fit():
+        for piece in pieces():
             group.append(piece)
             if sum(each.batch for each in group) >= _ROWS:
                 yield group
