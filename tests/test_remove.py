@@ -177,6 +177,7 @@ def test_one_of_several_calls() -> None:
         remove(net, x, "inner:relu#1")
     with pytest.raises(PathError, match="no such call"):
         remove(net, x, "inner#2")
+    assert record_of(remove(net, x, "between#0")).paths == ("between",)
 
 
 def test_an_element_that_stands_twice_in_a_sequential() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -146,10 +146,13 @@ def runs_of(work: Work, wanted: Wanted, rooms: dict[str, Room]) -> list[Run]:
     calls: dict[Key, Call] = {}
     after: dict[Key, Key | None] = {}
     by_path: dict[str, list[Address]] = {}
+    paths = {each.path for each in wanted.modules}
+    observed = [observe(work.model, work.inputs, mode, paths) for mode in (False, True)] if paths else []
+    made = {one.key for seen in observed for one in seen}
+    wanted.modules = [_only_call(each, made) for each in wanted.modules]
     for each in wanted.modules:
         by_path.setdefault(each.path, []).append(each)
-    for training in (False, True) if by_path else ():
-        seen = observe(work.model, work.inputs, training, set(by_path))
+    for seen in observed:
         addresses = {one.key: _address_of(one.key, by_path[one.key[0]]) for one in seen}
         seen = [one for one in seen if addresses[one.key] is not None]
         for index, one in enumerate(seen):
@@ -171,6 +174,12 @@ def runs_of(work: Work, wanted: Wanted, rooms: dict[str, Room]) -> list[Run]:
                 chain.append(calls[following])
             runs.append(Run(chain))
     return runs
+
+
+def _only_call(address: Address, made: set[Key]) -> Address:
+    """The first call of a module that is called once is all of it."""
+    once = [key for key in made if key[0] == address.path] == [(address.path, 0)]
+    return replace(address, number=None) if once and address.number == 0 else address
 
 
 def _module_call(seen: Seen, address: str, model: nn.Module) -> Call:
