@@ -159,6 +159,7 @@ def test_some_of_them() -> None:
     assert [norm for norm, _ in tt.history(net).edits[0].folded] == [
         f"layer1.{i}.bn{j}" for i in (0, 1) for j in (1, 2)
     ]
+    assert str(tt.history(net).edits[0]) == "fuse_batchnorm(layer1.0.bn1, layer1.0.bn2, ...): 4 folded"
     with pytest.raises(tt.PathError):
         fuse_batchnorm(net, None, "layer9")
     with pytest.raises(tt.SelectionError):

@@ -85,6 +85,10 @@ class FuseBatchNorm(Edit):
     paths: tuple[str, ...] | None = None
     folded: tuple[tuple[str, str], ...] = ()
 
+    def __str__(self) -> str:
+        asked = "" if self.paths is None else ", ".join(self.paths[:2]) + (", ..." if len(self.paths) > 2 else "")
+        return f"fuse_batchnorm({asked or 'all'})" + (f": {len(self.folded)} folded" if self.folded else "")
+
     def perform(self, work: Work) -> FuseBatchNorm:
         """Fold them in `work.model`."""
         model = work.model
