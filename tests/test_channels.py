@@ -310,6 +310,18 @@ def test_a_whole_branch_of_a_sum() -> None:
     assert "b" in tt.history(narrow).entries[-1].removed
 
 
+def test_a_whole_residual_branch_whose_activation_is_shared() -> None:
+    net = unlike_new(torchvision.models.resnet18(weights=None)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    narrow = delete_channels(net, x, "layer1.0.conv1", slice(None))
+    assert sorted(name for name, _ in narrow.layer1[0].named_children()) == ["relu"] and all_equal(narrow)
+    stem = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+    torch.testing.assert_close(narrow.layer1(stem), net.layer1[1](stem.relu()))
+    deeper = delete_channels(net, x, "layer2.1.conv2", slice(None))  # what is left is written to by a later layer
+    assert all_equal(deeper)
+    deeper.train()(x).sum().backward()
+
+
 def test_a_whole_branch_in_place() -> None:
     net = unlike_new(Gated()).eval()
     head, right = net.head, delete_channels(net, X, "a", range(4))

@@ -180,22 +180,28 @@ def _ignoring(model: nn.Module, flow: Flow, gone: Mask) -> nn.Module:
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
     modules = dict(twin.named_modules())
-    for path in {path for each in flow.runs for path, calls in each.calls.items() if dead_call(calls)}:
-        modules[path].register_forward_hook(_Silent())
+    for path in {path: None for each in flow.runs for path in each.calls if any(dead_calls(each, path))}:
+        modules[path].register_forward_hook(_Silent(*(dead_calls(each, path) for each in flow.runs)))
     return twin
 
 
-def dead_call(calls: list[Any]) -> bool:
-    """Whether all that a module returns goes."""
-    labels = [label for call in calls for _, label in call.outputs]
-    return bool(labels) and all(label.dead for label in labels)
+def dead_calls(forward: Run, path: str) -> list[bool]:
+    """For each call of a module, whether all that it returns goes."""
+    return [bool(call.outputs) and all(label.dead for _, label in call.outputs) for call in forward.calls.get(path, [])]
 
 
 class _Silent:
-    """A hook that gives zeros. Not a function: copies are run without those."""
+    """A hook that gives zeros at some calls. Not a function: copies are run without those, and with a copy of this."""
 
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        return pytree.tree_map_only(torch.Tensor, torch.zeros_like, output)
+    def __init__(self, in_eval: list[bool], in_train: list[bool]) -> None:
+        self.calls = {False: in_eval, True: in_train}
+        self.count = 0
+
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
+        calls = self.calls[module.training]
+        silent = self.count < len(calls) and calls[self.count]
+        self.count += 1
+        return pytree.tree_map_only(torch.Tensor, torch.zeros_like, output) if silent else output
 
 
 def refuse_uneven(flow: Flow, gone: Mask) -> None:

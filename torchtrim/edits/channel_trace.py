@@ -316,6 +316,7 @@ def _run(
         f"the model's forward cannot be followed in {'train' if training else 'eval'} mode: {failed}",
         path=where or None,
         found=inputs.describe(),
+        hint="example inputs of the size that the model is trained on" if training else None,
     ) from failed
 
 
