@@ -270,6 +270,8 @@ def test_branches(resnet: nn.Module, vit: nn.Module) -> None:
     assert not [name for name in net.state_dict() if name.startswith("blocks.0.mlp")]
     with pytest.raises(EditError, match="no branch"):
         remove(resnet, PICTURE, "fc", branch=True)
+    with pytest.raises(EditError, match="no joint"):
+        remove(resnet, PICTURE, "layer1.0.conv2", branch=True, adapter=nn.Identity())
 
 
 def test_a_branch_of_a_concatenation() -> None:

@@ -57,6 +57,8 @@ class Remove(Edit):
         """Do it on `work.model`; returns the record with what was decided."""
         if not self.paths:
             raise EditError("nothing to remove", path="paths", found=self.paths, expected="a path, or several")
+        if self.branch and (self.heal is not None or self.adapters):
+            raise EditError("a branch leaves no joint to put an adapter in or to heal", path="branch", found=True)
         if self.branch:
             branches = wanted_from(work.model, self.paths).addresses
             return replace(self, paths=tuple(branches), taken=take_branches_out(work, branches, self.taken))
