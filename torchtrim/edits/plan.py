@@ -156,7 +156,7 @@ class Plan:
             (
                 str(step.edit),
                 _some(step.removed),
-                "; ".join(map(_joint, step.joints)),
+                _some(tuple(map(_joint, step.joints)), limit=3, between="; "),
                 f"{step.params[0]:,} -> {step.params[1]:,}",
                 f"{step.macs[0]:,} -> {step.macs[1]:,}",
             )
@@ -183,6 +183,6 @@ def _joint(joint: Joint) -> str:
     return f"{joint.address}:{shapes} {joint.how}"
 
 
-def _some(names: tuple[str, ...], limit: int = 12) -> str:
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more if names else "none"
+def _some(names: tuple[str, ...], limit: int = 8, between: str = ", ") -> str:
+    more = f"{between}and {len(names) - limit} more" if len(names) > limit else ""
+    return between.join(names[:limit]) + more if names else "none"

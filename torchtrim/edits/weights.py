@@ -49,10 +49,10 @@ class Weights(Mapping[str, torch.Tensor]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Weights):
             return NotImplemented
-        return list(self) == list(other) and all(_same_bits(self[name], other[name]) for name in self)
+        return self.keys() == other.keys() and all(_same_bits(self[name], other[name]) for name in self)
 
     def __hash__(self) -> int:
-        return hash(tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.items()))
+        return hash(frozenset((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.items()))
 
     def __repr__(self) -> str:
         count = sum(tensor.numel() for tensor in self.values())
