@@ -47,7 +47,11 @@ class Embedder(nn.Module):
 
 
 def main() -> int:
-    options = parser(__doc__).parse_args()
+    made = parser(__doc__)
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    made.add_argument("--no-latency", action="store_true", help="without exporting and timing")
+    options = made.parse_args()
+    methods = [method for method in METHODS if method in {"plain", "linear", *options.methods}]
     model = Embedder(AutoModel.from_pretrained(get_model_path(), attn_implementation="eager")).eval()
     lines = (Path(__file__).parent / "sentences.txt").read_text("utf-8").split("\n")
     sentences = [line for line in lines if line]
@@ -59,7 +63,7 @@ def main() -> int:
     right = embeddings(model, figure)
     rows: dict[str, dict[str, Any]] = {}
     for count in range(1, len(order) + 1):
-        for method in METHODS:
+        for method in methods:
             started = time.perf_counter()
             net = removed(model, example, order[:count], method, calibration)
             cosine = (embeddings(net, figure) * right).sum(1)
@@ -67,7 +71,7 @@ def main() -> int:
             found |= {"seconds": time.perf_counter() - started, "notes": list(tt.history(net).entries[-1].notes)}
             rows[f"{count} {method}"] = found
             print(f"{count} {method}: {found}", flush=True)
-    timed = latency(model, example, order, calibration)
+    timed = {"timings": []} if options.no_latency else latency(model, example, order, calibration)
     show(
         order, rows, timed, sizes(model, example), options.out, "heal_minilm_quick" if options.quick else "heal_minilm"
     )
@@ -140,9 +144,11 @@ def show(
     ratios = {each["name"]: f"{each['ratio']:.2f}" for each in timed["timings"]}
     table = []
     for count in range(1, len(order) + 1):
-        cosines = [f"{rows[f'{count} {method}']['cosine']:.4f}" for method in METHODS]
+        found = [rows.get(f"{count} {method}") for method in METHODS]
+        cosines = ["" if each is None else f"{each['cosine']:.4f}" for each in found]
         macs = [f"{rows[f'{count} {method}']['macs'] / whole['macs']:.2f}" for method in ("plain", "linear")]
-        table.append((str(count), *cosines, *macs, ratios[f"{count} plain"], ratios[f"{count} linear"]))
+        times = [ratios.get(f"{count} {method}", "") for method in ("plain", "linear")]
+        table.append((str(count), *cosines, *macs, *times))
     columns = ("layers out", *METHODS, "MACs plain", "MACs with a map", "int8 latency plain", "int8 latency with a map")
     notes = [
         f"- layers {', '.join(map(str, order))} of 6, in this order; cosine with the whole model's embedding, mean of "

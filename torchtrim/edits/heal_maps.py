@@ -128,8 +128,8 @@ class Sums:
     def linear(self, strength: float) -> Map:
         """Least squares of `y` on `x`, drawn to the identity by a ridge of `strength` times the mean variance of `x`.
 
-        What the removed part adds to its input is regressed, and the ridge holds its mean back as well: on convolutional
-        networks a map whose mean is right, and little else, is worse than none.
+        What the removed part adds to its input is regressed, and the ridge holds its mean back as well: in networks of
+        convolutions a map whose mean is right, and little else, is worse than none.
         """
         mean_x, mean_d, cov_x, cov_xd, _ = self._central()
         eye = torch.eye(len(mean_x), dtype=cov_x.dtype, device=cov_x.device)
