@@ -82,6 +82,7 @@ def test_weights_of_every_type_survive() -> None:
     ("change", "message"),
     [
         ({"dtype": "float33"}, "no such type"),
+        ({"dtype": {}}, "no such type"),
         ({"shape": [-1]}, "not a shape"),
         ({"shape": [3]}, "not the length"),
         ({"shape": [1 << 62, 1 << 62]}, "not the length"),

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torchtrim.edits.module_spec import ModuleSpec
     from torchtrim.edits.plan import Plan, plan
     from torchtrim.edits.remove import Remove, remove
-    from torchtrim.edits.replace import Replace, replace
+    from torchtrim.edits.replace import Old, Replace, replace
+    from torchtrim.edits.replacements import group_norm
     from torchtrim.errors import (
         CheckFailed,
         CheckpointDamaged,
@@ -71,7 +72,8 @@ _HOME = {
     "edits.module_spec": ("ModuleSpec",),
     "edits.plan": ("Plan", "plan"),
     "edits.remove": ("Remove", "remove"),
-    "edits.replace": ("Replace", "replace"),
+    "edits.replace": ("Old", "Replace", "replace"),
+    "edits.replacements": ("group_norm",),
     "errors": (
         "CheckFailed",
         "CheckpointDamaged",
@@ -134,6 +136,7 @@ __all__ = [
     "ModuleGraph",
     "ModuleSpec",
     "Node",
+    "Old",
     "PathError",
     "Plan",
     "Recipe",
@@ -156,6 +159,7 @@ __all__ = [
     "find",
     "freeze",
     "fuse_batchnorm",
+    "group_norm",
     "history",
     "insert",
     "load",

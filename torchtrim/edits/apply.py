@@ -126,7 +126,7 @@ def performed(work: Work, edits: Sequence[Edit]) -> Iterator[Step]:
         try:
             resolved = edit.perform(work)
             if work.check:
-                _check_backward(before, work)
+                _check_backward(before, work, edit)
         except TorchTrimError as error:
             raise _explained(error, edit, number, len(edits), done) from error
         removed = tuple(_outermost(_names(before) - _names(work.model))) + tuple(work.gone)
@@ -137,13 +137,14 @@ def performed(work: Work, edits: Sequence[Edit]) -> Iterator[Step]:
         yield Step(before, applied)
 
 
-def _check_backward(before: nn.Module, work: Work) -> None:
+def _check_backward(before: nn.Module, work: Work, edit: Edit) -> None:
     """A model that could be trained still can: a layer that writes in place may overwrite what a gradient needs."""
     for training in (False, True):
         reason = untrainable(work.model, work.inputs, training)
         if reason is not None and untrainable(before, work.inputs, training) is None:
             raise EditError(
                 f"no gradients would flow through it any more: {reason.partition(' Hint:')[0]}",
+                path=str(edit),
                 hint="a layer without inplace=True behind this place" if "inplace" in reason else None,
             )
 

@@ -125,7 +125,7 @@ def _tensor(name: str, item: Any) -> torch.Tensor:
     if not isinstance(item, Mapping) or set(item) != {"dtype", "shape", "data"}:
         raise EditError("not a tensor", path=name, expected="an object of dtype, shape and data")
     dtype, shape, data = item["dtype"], item["shape"], item["data"]
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise EditError("no such type of values", path=name, found=dtype)
     if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size >= 0 for size in shape):
         raise EditError("not a shape", path=name, found=shape)

@@ -124,7 +124,6 @@ class Work:
         new = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
         self.came_from[new] = self.came_from.pop(old, old)
         for module in self.model.modules():
-            for key, held in module._parameters.items():
-                if held is old:
-                    module._parameters[key] = new
+            for key in [key for key, held in module._parameters.items() if held is old]:
+                setattr(module, key, new)  # not past `__setattr__`: recurrent layers keep a list of theirs
         return new

@@ -268,7 +268,7 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _largest(tensor: torch.Tensor) -> float:
-    finite = tensor.double().nan_to_num(0.0, 0.0, 0.0)
+    finite = tensor.detach().double().nan_to_num(0.0, 0.0, 0.0)
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
