@@ -199,6 +199,9 @@ def test_splits_shuffles_and_pixel_shuffles() -> None:
     narrow = delete_channels(net, X, {"first": [9], "left": [1]})  # the same of each half
     assert (narrow.left.out_channels, narrow.first.out_channels, narrow.second.in_channels) == (7, 15, 14)
     assert all_equal(narrow)
+    for whole in ("left", "second"):
+        with pytest.raises(EditError, match=r"a part would go whole|cannot do without it"):
+            delete_channels(net, X, whole, slice(None) if whole == "left" else [0, 1, 4, 5])
     with pytest.raises(EditError, match="parts into which `channel_shuffle`"):
         delete_channels(net, X, {"first": [9], "left": [2]})
     narrow = delete_channels(net, X, "second", [0])

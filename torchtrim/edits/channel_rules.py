@@ -326,21 +326,24 @@ def _shuffle(call: OpCall) -> None:
     *rest, depth, height, width = shape_of(source)
     lead = len(rest)
     if call.name == "pixel_shuffle":
-        factor = call["upscale_factor"]
+        factor, counted = call["upscale_factor"], [lead + 1, lead + 2]
         middle = (*rest, depth // factor**2, factor, factor, height, width)
         order = [*range(lead), lead, lead + 3, lead + 1, lead + 4, lead + 2]
     elif call.name == "pixel_unshuffle":
-        factor = call["downscale_factor"]
+        factor, counted = call["downscale_factor"], []
         middle = (*rest, depth, height // factor, factor, width // factor, factor)
         order = [*range(lead), lead, lead + 2, lead + 4, lead + 1, lead + 3]
     else:
-        first, depth, *space = shape_of(source)
+        (first, depth, *space), counted = shape_of(source), [1]
         middle = (first, call["groups"], depth // call["groups"], *space)
         order = [0, 2, 1, *range(3, len(middle))]
     layers = []
     for layer in call.layers(source):
         table = resized(layer, shape_of(source), middle)
         call.channels.tables.append((table, call.where))
+        for axis in (each for each in counted if table.shape[each] > 1):
+            for row in np.moveaxis(table, axis, 0):  # how many parts there are is written into the call
+                call.channels.implies(row, np.zeros(1, np.int64), f"a part would go whole of {call.where}")
         moved = table.transpose(order)
         layers.append(resized(moved, tuple(middle[axis] for axis in order), shape_of(call.out)))
     call.give(call.out, layers)
