@@ -22,6 +22,7 @@ from torchtrim.errors import HeadError
 from torchtrim.graph.copying import kept_random_state
 from torchtrim.graph.execution import Execution, run_fake
 from torchtrim.graph.inputs import ExampleInputs
+from torchtrim.graph.paths import resolve
 from torchtrim.graph.reader import Site
 
 
@@ -117,6 +118,8 @@ class AttachHead(Edit):
         """Attach it to `work.model`."""
         model, inputs = work.model, work.inputs
         wanted = self._request(work)
+        if self.paths and not work.check and not work.planning:
+            return self._again(work, wanted)
         execution = run_fake(model, inputs)
         in_place = self.replace is not False and (self.replace is True or not _was_cut(work.before))
         own = head_in_place.own_heads(model, inputs) if in_place else []
@@ -138,6 +141,21 @@ class AttachHead(Edit):
             if own:
                 return self._in_place(work, own, wanted, done, execution.user_hooks)
             return self._behind(work, execution, wanted, done)
+
+    def _again(self, work: Work, wanted: HeadRequest) -> AttachHead:
+        """Do what was decided before, without looking at the model."""
+        for path in self.paths if self.replace else ():
+            resolve(work.model, path)
+        with kept_random_state():
+            if self.seed is not None:
+                torch.manual_seed(self.seed)
+            if self.replace:
+                layers = head_in_place.layers_at(work.model, self.paths, self.in_features or 0, wanted)
+                head_in_place.put(work.model, self.num_classes, layers)
+            else:
+                made = head_behind.head_of(work.model, self.in_features or 0, self.layout or "flat", wanted)
+                work.model = head_behind.put(work.model, work.inputs, self.paths[0], made)
+        return dataclasses.replace(self, heads={path: spec.recorded() for path, spec in self.heads.items()})
 
     def _request(self, work: Work) -> HeadRequest:
         given = {path: work.module(spec) for path, spec in self.heads.items()}

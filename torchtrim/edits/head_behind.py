@@ -54,15 +54,19 @@ def make(
         if len(shape) != (2 if layout == "flat" else len(layout)):
             raise HeadError("the features have not that layout", found=tuple(shape), expected=layout)
         width = int(shape[channel_dim(layout)])
-        made: nn.Module = _new_head(width, wanted, layout)
-        reference = next(iter(model.parameters()), None)
-        if reference is not None:
-            made.to(device=reference.device, dtype=reference.dtype)
-    else:
-        made = head
+    made = head_of(model, width or 0, layout or "flat", wanted)
     if not is_meta(made):
         try_head(made, tuple(shape), name)
     return name, layout, width, made
+
+
+def head_of(model: nn.Module, width: int, layout: str, wanted: HeadRequest) -> nn.Module:
+    """The head that was given, or a new one for features of that width and layout, as the model's weights are."""
+    if isinstance(wanted.head, nn.Module):
+        return wanted.head
+    made = _new_head(width, wanted, layout)
+    reference = next(iter(model.parameters()), None)
+    return made if reference is None else made.to(device=reference.device, dtype=reference.dtype)
 
 
 def put(model: nn.Module, inputs: Inputs, name: str, head: nn.Module) -> nn.Module:

@@ -44,17 +44,29 @@ def make(
     num_classes = wanted.num_classes
     new: dict[str, nn.Module] = {}
     for path in paths:
-        old = model.get_submodule(path)
         if given is not None:
             new[path] = given[path]
             output = try_head(given[path], input_shape(model, path, inputs), path)
             num_classes = outputs_in(output)
         else:
-            new[path] = _like(old, _width_in(model, path, inputs), wanted)
-            reference = next(iter(old.parameters()), next(iter(model.parameters()), None))
-            if reference is not None:
-                new[path].to(device=reference.device, dtype=reference.dtype)
+            new[path] = _made(model, path, _width_in(model, path, inputs), wanted)
     return num_classes, _width_in(model, paths[0], inputs), new
+
+
+def layers_at(model: nn.Module, paths: tuple[str, ...], width: int, wanted: HeadRequest) -> dict[str, nn.Module]:
+    """The new layers, where it is known which they replace and how wide the features are."""
+    given = _given(wanted.head, paths)
+    if given is not None:
+        return given
+    # Heads beside each other may be of different widths: the old layer knows.
+    return {path: _made(model, path, _width_of(model.get_submodule(path)) or width, wanted) for path in paths}
+
+
+def _made(model: nn.Module, path: str, width: int, wanted: HeadRequest) -> nn.Module:
+    old = model.get_submodule(path)
+    new = _like(old, width, wanted)
+    reference = next(iter(old.parameters()), next(iter(model.parameters()), None))
+    return new if reference is None else new.to(device=reference.device, dtype=reference.dtype)
 
 
 def put(net: nn.Module, num_classes: int | None, new: dict[str, nn.Module]) -> nn.Module:
@@ -153,11 +165,14 @@ def _like(old: nn.Module, width: int, wanted: HeadRequest) -> nn.Module:
 
 
 def _width_in(model: nn.Module, path: str, inputs: Inputs) -> int:
-    old = model.get_submodule(path)
+    return _width_of(model.get_submodule(path)) or int(input_shape(model, path, inputs)[-1])
+
+
+def _width_of(old: nn.Module) -> int | None:
     weight = getattr(old, "weight", None)
     if isinstance(weight, torch.Tensor) and weight.dim() >= 2:
         return int(weight.shape[1]) * int(getattr(old, "groups", 1))
-    return int(input_shape(model, path, inputs)[-1])
+    return None
 
 
 def _count_of(module: nn.Module) -> int:

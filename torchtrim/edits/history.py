@@ -18,6 +18,7 @@ from torchtrim.graph.inputs import Inputs
 
 _ATTRIBUTE = "_torchtrim_history"
 _INPUTS = "_torchtrim_inputs"
+_CONFIG = "_torchtrim_config"
 _FACTORY = "_torchtrim_factory"  # how the model was made, where that is known: goes with it through its edits
 
 
@@ -170,6 +171,11 @@ def record(before: nn.Module, after: nn.Module, inputs: Inputs, applied: Applied
     after.__dict__[_INPUTS] = shapes
     if _FACTORY in before.__dict__:
         after.__dict__[_FACTORY] = before.__dict__[_FACTORY]
+    # What a model says of its own making, which an opened one has no attributes for.
+    said = {name: before.__dict__[name] for name in ("pretrained_cfg", "num_classes") if name in before.__dict__}
+    config = before.__dict__.get(_CONFIG) or said
+    if config:
+        after.__dict__[_CONFIG] = config
 
 
 def count_params(model: nn.Module) -> int:

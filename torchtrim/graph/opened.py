@@ -135,7 +135,7 @@ def opened(
     """
     if train_graph is not None and same_graph(graph, train_graph):
         train_graph = None
-    module = OpenedModule(type(source).__name__, graph, train_graph)
+    module = OpenedModule(source._get_name(), graph, train_graph)
     used = {
         str(node.target)
         for each in (graph, train_graph)
