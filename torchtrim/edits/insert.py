@@ -8,20 +8,22 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from torchtrim.edits.addresses import Address, callers, places
 from torchtrim.edits.apply import run
 from torchtrim.edits.edit import Edit, decided
 from torchtrim.edits.insert_check import check_insertion
 from torchtrim.edits.module_spec import ModuleSpec
-from torchtrim.edits.placing import fit, put_before, put_behind
-from torchtrim.edits.rewire import Room, run_copy
+from torchtrim.edits.placing import fit, put_before, put_behind, put_behind_whole
+from torchtrim.edits.rewire import Room, open_room, run_copy
 from torchtrim.edits.work import Joint, Work
-from torchtrim.errors import EditError, InputError
+from torchtrim.errors import EditError, InputError, PathError
 from torchtrim.graph.copying import full_copy, unwrap
 from torchtrim.graph.execution import run_fake
 from torchtrim.graph.inputs import ExampleInputs, Inputs
+from torchtrim.graph.paths import resolve
+from torchtrim.graph.reader import join
 
 
 def insert(
@@ -77,6 +79,23 @@ def insert(
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a module was put.
+
+    Attributes:
+        owner: The module that calls it.
+        key: The element it is beside, where the owner is an `nn.Sequential`.
+        call: Which of the owner's calls of what the address names it is at, elsewhere.
+        whole: Whether the whole value of that call goes through it, not one of several tensors.
+    """
+
+    owner: str = ""
+    key: str | None = None
+    call: int = 0
+    whole: bool = False
+
+
+@dataclass(frozen=True)
 class Insert(Edit):
     """A module put in.
 
@@ -87,6 +106,7 @@ class Insert(Edit):
         name: Its name beside what it was put next to; by default its class's.
         index: Which tensor, where there are several: of the value, or of the arguments.
         path: The path it has in the model; decided when it is done.
+        placed: Where it was put; decided when it is done.
     """
 
     kind: ClassVar[str] = "insert"
@@ -96,6 +116,7 @@ class Insert(Edit):
     name: str | None = None
     index: int = 0
     path: str | None = decided()
+    placed: tuple[Place, ...] = decided(())
 
     def __post_init__(self) -> None:
         if self.module is None:
@@ -119,19 +140,52 @@ class Insert(Edit):
         if work.planning and module is spec.live:
             module = full_copy(module)
         fit(module, work.model, module.training)
+        if self.placed and not work.check and not work.planning:
+            fit(module, work.model, self._again(work, where, module)[0].training)
+            return replace(self, module=spec.recorded())
         elements = _elements(work, where)
         value = _passing(work, where, self.after is None) if elements else None
         if elements and isinstance(value, torch.Tensor) and self.index == 0:
             shape = tuple(value.shape)
-            owners = self._beside(elements, module)
+            paths = {owner: name for name, owner in work.model.named_modules()}
+            placed = [Place(paths[owner], key) for owner, key in elements]
+            owners: list[nn.Module] = [*self._beside(elements, module)]
         else:
-            shape, owners = self._between(work, where, module)
+            shape, owners, placed = self._between(work, where, module)
         path = next(name for name, each in work.model.named_modules() if each is module)
         self._run(work, module, shape, path)
         if work.check:
             work.checked += check_insertion(work, where, path, before=self.after is None, index=self.index)
         fit(module, work.model, owners[0].training)
-        return replace(self, module=spec.recorded(), path=path)
+        return replace(self, module=spec.recorded(), path=path, placed=tuple(placed))
+
+    def _again(self, work: Work, where: Address, module: nn.Module) -> list[nn.Module]:
+        """Put it where it was put before, without running the model to find out where that is."""
+        elements: list[tuple[nn.Sequential, str]] = []
+        rooms: dict[str, tuple[Room, str]] = {}
+        for place in self.placed:
+            owner = resolve(work.model, place.owner)
+            if place.key is not None:
+                if not isinstance(owner, nn.Sequential) or place.key not in owner._modules:
+                    raise EditError("no such element any more", path=join(place.owner, place.key))
+                elements.append((owner, place.key))
+                continue
+            if place.owner not in rooms:
+                room = open_room(work, place.owner)
+                rooms[place.owner] = (room, self._free(room.free_name, module))
+            room, name = rooms[place.owner]
+            calls = _calls(room, work, where)
+            if place.call >= len(calls):
+                raise PathError("no such call", path=where.text, found=f"{len(calls)} calls")
+            for node in calls[place.call]:
+                if place.whole:
+                    put_behind_whole(node, name)
+                else:
+                    (put_before if self.after is None else put_behind)(room, node, self.index, name)
+        return [
+            *self._beside(elements, module),
+            *(room.close(work, {name: module}) for room, name in rooms.values()),
+        ]
 
     def _beside(self, elements: list[tuple[nn.Sequential, str]], module: nn.Module) -> list[nn.Module]:
         """New elements of the `Sequential`s; returns these."""
@@ -145,9 +199,16 @@ class Insert(Edit):
             owner._modules.update({each: members[each] for each in order})
         return [owner for owner, _ in elements]
 
-    def _between(self, work: Work, where: Address, module: nn.Module) -> tuple[tuple[int, ...], list[nn.Module]]:
-        """New calls in opened modules; returns the shape of what goes through, and these modules."""
+    def _between(
+        self, work: Work, where: Address, module: nn.Module
+    ) -> tuple[tuple[int, ...], list[nn.Module], list[Place]]:
+        """New calls in opened modules; returns the shape of what goes through, these modules, and where that is."""
         found = places(work, where.text)
+        placed = []
+        for room, nodes in found:
+            whole = self.after is not None and all(isinstance(room.value(node)[0], torch.Tensor) for node in nodes)
+            call = _calls(room, work, where).index(nodes)
+            placed.append(Place(room.path, None, call, whole and self.index == 0))
         names: dict[Room, str] = {}
         shapes: list[tuple[int, ...]] = []
         for room, nodes in found:
@@ -163,7 +224,7 @@ class Insert(Edit):
                     ) from error
         if len(found) > 1:
             work.notes.append(f"{where.text!r} is called {len(found)} times: the module was put in at each")
-        return shapes[0], [room.close(work, {name: module}) for room, name in names.items()]
+        return shapes[0], [room.close(work, {name: module}) for room, name in names.items()], placed
 
     def _free(self, free: Callable[[str], str], module: nn.Module) -> str:
         wanted = self.name or type(module).__name__.lower()
@@ -206,6 +267,13 @@ class Insert(Edit):
             )
         )
         work.joints.append(Joint(address, shape, after, f"inserted: {kind} at {path!r}"))
+
+
+def _calls(room: Room, work: Work, where: Address) -> list[tuple[fx.Node, ...]]:
+    """The calls in a module's forward that an address without a number names."""
+    if where.function is not None:
+        return room.functions(where.function)
+    return room.modules(work.model.get_submodule(where.path))
 
 
 def _elements(work: Work, where: Address) -> list[tuple[nn.Sequential, str]]:

@@ -88,6 +88,13 @@ def put_behind(room: Room, node: fx.Node, index: int, name: str) -> tuple[int, .
     return shape
 
 
+def put_behind_whole(node: fx.Node, name: str) -> None:
+    """`put_behind` for a value that is one tensor, as is known without working it out."""
+    with node.graph.inserting_before(node.next):
+        new = node.graph.call_module(name, (node,))
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
 def put_before(room: Room, node: fx.Node, index: int, name: str) -> tuple[int, ...]:
     """Call a new child on one of the tensors that a node is given, and give the node what it returns.
 
