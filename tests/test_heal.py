@@ -137,21 +137,6 @@ def test_a_repaired_shape_can_be_healed_too() -> None:
     assert distance(net, healed, data) < 0.5 * distance(net, plain, data)
 
 
-def test_a_module_that_is_called_twice() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.mid, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.last(torch.tanh(self.mid(torch.tanh(self.mid(self.first(x))))))
-
-    torch.manual_seed(0)
-    net, data = Twice().eval(), batches(4, size=64)
-    healed = tt.remove(net, data[0], "mid", heal="linear", data=data)
-    assert distance(net, healed, data) < distance(net, tt.remove(net, data[0], "mid"), data)
-
-
 def test_pairs_and_dicts_are_data() -> None:
     net, data = cnn(), batches(3, 10, 10)
     pairs = [(x, torch.zeros(len(x))) for x in data]
