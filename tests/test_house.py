@@ -127,6 +127,16 @@ def test_the_readme_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (tmp_path / "net.onnx").is_file()
 
 
+def test_the_code_in_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "editing.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "editing.md", "exec"), names)
+    assert (tmp_path / "net.trim").is_file()
+
+
 def test_what_the_readme_points_at_exists() -> None:
     places = [*re.findall(r"\]\(([^)#]+)\)", README), *re.findall(r"scripts/\w+\.sh", README)]
     assert any(place.endswith(".png") for place in places)
