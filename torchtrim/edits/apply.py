@@ -125,7 +125,7 @@ def performed(work: Work, edits: Sequence[Edit]) -> Iterator[Step]:
         work.start(before)
         try:
             resolved = edit.perform(work)
-            if work.check:
+            if work.check and edit.joins:
                 _check_backward(before, work, edit)
         except TorchTrimError as error:
             raise _explained(error, edit, number, len(edits), done) from error

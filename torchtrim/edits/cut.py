@@ -35,6 +35,7 @@ class Cut(Edit):
     """
 
     kind: ClassVar[str] = "cut"
+    joins: ClassVar[bool] = False
     after: tuple[str, ...] = ()
     names: tuple[str, ...] | None = None
     single: bool | None = decided()

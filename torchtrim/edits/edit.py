@@ -32,10 +32,12 @@ class Edit:
     Attributes:
         kind: The name of the edit, in records and recipes.
         version: The version of the record's form.
+        joins: Whether it puts ends together that were apart, so that gradients have to be looked at again.
     """
 
     kind: ClassVar[str] = "edit"
     version: ClassVar[int] = 1
+    joins: ClassVar[bool] = True
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
