@@ -39,6 +39,7 @@ from torchtrim.graph.inputs import Inputs
 
 METHODS = ("auto", "linear", "scale", "norm")
 _WORTH = 0.98  # a change has to make the error this much smaller: less may be chance
+_WORTH_ALL = 0.94  # for `auto` to change every norm layer, which costs more than it gains where little was lost
 _LARGEST = 4096  # channels; the sums for a linear map grow with their square
 
 Build = Callable[[Mapping[str, nn.Module]], nn.Module]
@@ -285,7 +286,8 @@ class _Fit:
         values, after, steps = distilled(
             self.student(), self.original, data.to_fit, self.judge, lambda step: self._told_step(step, 0.0)
         )
-        if not values or not after < _WORTH * before:
+        worth = _WORTH_ALL if self.method == "auto" else _WORTH
+        if not values or not after < worth * before:
             tried = {"norm layers distilled": after}
             self.choices.append(Choice("", "norm layers as they were", before, before, tried))
             return
