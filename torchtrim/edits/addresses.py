@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from torchtrim.edits.rewire import Room, open_room, run_copy
+from torchtrim.edits.calls import callers
+from torchtrim.edits.rewire import Room, open_room
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError, PathError
-from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.paths import unknown
 
 
@@ -54,32 +54,6 @@ class Address:
         return Address(text, first, function, None if number is None else int(number))
 
 
-@dataclass(frozen=True)
-class Caller:
-    """One call of a module in a forward.
-
-    Attributes:
-        owner: The path of the module whose forward makes it.
-        run: Which run of that forward makes it.
-        position: Which of the calls of the module in that run it is.
-    """
-
-    owner: str
-    run: int
-    position: int
-
-
-def callers(model: nn.Module, inputs: Inputs, path: str, training: bool) -> list[Caller]:
-    """Who calls a module in one mode, in the order of execution.
-
-    Raises:
-        EditError: The model does not run on the inputs.
-    """
-    found: list[Caller] = []
-    run_copy(model, inputs.with_batch(max(inputs.batch, 2)), training, lambda twin: _watch(twin, path, found))
-    return found
-
-
 def places(work: Work, address: str, rooms: dict[str, Room] | None = None) -> list[tuple[Room, tuple[fx.Node, ...]]]:
     """Open the modules that make the calls an address names; with each, the call's node in each of its graphs.
 
@@ -115,7 +89,10 @@ def places(work: Work, address: str, rooms: dict[str, Room] | None = None) -> li
     child = work.model.get_submodule(where.path)
     if where.number is None or (where.number == 0 and len(calls) == 1):
         owners = dict.fromkeys(call.owner for call in in_eval + in_train)
-        return [(opened(owner), nodes) for owner in owners for nodes in opened(owner).modules(child)]
+        found = [(owner, opened(owner).modules(child)) for owner in owners]
+        for owner in [owner for owner, calls in found if not calls]:
+            raise EditError(f"the forward of {owner or 'the model'!r} does not call it by a name", path=address)
+        return [(opened(owner), nodes) for owner, calls in found for nodes in calls]
     if where.number >= len(calls):
         raise PathError("no such call", path=address, found=f"{len(calls)} calls", expected=f"#0 to #{len(calls) - 1}")
     call = calls[where.number]
@@ -157,27 +134,3 @@ def _several_runs(address: str, owner: str, name: str) -> EditError:
         path=address,
         hint=f"{name!r}, which changes all of them",
     )
-
-
-def _watch(twin: nn.Module, path: str, found: list[Caller]) -> None:
-    """Note the calls of a module in a model that is about to run."""
-    child = twin.get_submodule(path)
-    stack: list[tuple[str, int]] = []
-    runs: dict[str, int] = {}
-    positions: dict[tuple[str, int], int] = {}
-
-    def enter(name: str, module: nn.Module) -> None:
-        if module is child and stack:
-            position = positions[stack[-1]] = positions.get(stack[-1], -1) + 1
-            found.append(Caller(*stack[-1], position))
-        runs[name] = runs.get(name, -1) + 1
-        stack.append((name, runs[name]))
-
-    def leave(name: str) -> None:
-        while stack.pop()[0] != name:
-            continue  # left by an exception that a forward caught
-
-    found.clear()
-    for name, module in twin.named_modules():
-        module.register_forward_pre_hook(lambda module, _args, name=name: enter(name, module))
-        module.register_forward_hook(lambda *_, name=name: leave(name))

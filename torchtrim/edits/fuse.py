@@ -13,6 +13,7 @@ from torchtrim.edits.edit import Edit
 from torchtrim.edits.fuse_fold import Fold, fold_of
 from torchtrim.edits.neighbours import neighbours
 from torchtrim.edits.norms import is_norm
+from torchtrim.edits.rewire import call_by_name
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import CheckFailed, EditError, InputError
 from torchtrim.graph import check as checks
@@ -114,6 +115,7 @@ class FuseBatchNorm(Edit):
             first = refused[0] if refused else next(iter(skipped), None)
             reason = f"it cannot be folded: {skipped[first]}" if first else "there is no batch norm in the model"
             raise EditError(reason, path=first, found=f"{len(skipped)} of {len(norms)} cannot be" if first else None)
+        call_by_name(work, folds)
         for path, fold in folds.items():
             fold.do(work)
             work.joints.append(Joint(path, None, None, f"folded into {fold.layer!r}"))

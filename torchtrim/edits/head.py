@@ -17,6 +17,7 @@ from torchtrim.edits.edit import Edit, decided
 from torchtrim.edits.head_request import HeadRequest
 from torchtrim.edits.history import history
 from torchtrim.edits.module_spec import ModuleSpec
+from torchtrim.edits.rewire import call_by_name
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import HeadError
 from torchtrim.graph.copying import kept_random_state
@@ -151,6 +152,7 @@ class AttachHead(Edit):
                 torch.manual_seed(self.seed)
             if self.replace:
                 layers = head_in_place.layers_at(work.model, self.paths, self.in_features or 0, wanted)
+                call_by_name(work, layers)
                 head_in_place.put(work.model, self.num_classes, layers)
             else:
                 made = head_behind.head_of(work.model, self.in_features or 0, self.layout or "flat", wanted)
@@ -170,6 +172,7 @@ class AttachHead(Edit):
         work.joints += [
             Joint(path, None, None, f"replaced: {name}") for path, name in zip(layers, replaced, strict=True)
         ]
+        call_by_name(work, layers)
         head_in_place.put(work.model, num_classes, layers)
         paths = tuple(layers)
         if work.check:

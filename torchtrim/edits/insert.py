@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from torchtrim.edits.addresses import Address, callers, places
+from torchtrim.edits.addresses import Address, places
 from torchtrim.edits.apply import run
+from torchtrim.edits.calls import callers, run_copy
 from torchtrim.edits.edit import Edit, decided
 from torchtrim.edits.insert_check import check_insertion
 from torchtrim.edits.module_spec import ModuleSpec
 from torchtrim.edits.placing import fit, put_before, put_behind, put_behind_whole
-from torchtrim.edits.rewire import Room, open_room, run_copy
+from torchtrim.edits.rewire import Room, open_room
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import EditError, InputError, PathError
 from torchtrim.graph.copying import full_copy, unwrap

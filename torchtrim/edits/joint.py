@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtrim.edits.rewire import run_copy
+from torchtrim.edits.calls import run_copy
 from torchtrim.errors import EditError
 from torchtrim.graph.check import flatten
 from torchtrim.graph.inputs import Inputs

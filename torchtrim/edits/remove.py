@@ -71,7 +71,7 @@ class Remove(Edit):
         runs = runs_of(work, wanted, rooms)
         adapters = adapters_for(work, runs, self.adapter, self.adapters)
         weights: Mapping[str, torch.Tensor] = self.healed or {}
-        choices = [self.taken] if self.taken else ways(work.model, runs, adapters)
+        choices = [self.taken] if self.taken else ways(work.model, runs, adapters, work.check)
         taken = _that_works(work, runs, adapters, choices, weights, rooms)
         if self.heal is not None and not self.taken:
             adapters, weights = _healed(work, runs, adapters, taken, self.heal, rooms)

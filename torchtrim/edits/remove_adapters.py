@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from torchtrim.edits.adapter import KINDS, Shape, adapter_for, layout_of
+from torchtrim.edits.calls import run_copy
 from torchtrim.edits.module_spec import ModuleSpec
 from torchtrim.edits.remove_runs import Run, at_batch
-from torchtrim.edits.rewire import run_copy
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError
 from torchtrim.graph.inputs import Inputs

@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from torchtrim.edits.adapter import layout_of
-from torchtrim.edits.addresses import Address, callers, places
+from torchtrim.edits.addresses import Address, places
+from torchtrim.edits.calls import callers
 from torchtrim.edits.channels import DeleteChannels
 from torchtrim.edits.joint import observe
 from torchtrim.edits.remove_place import Taken, needed, sweep

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from torchtrim.edits.calls import run_copy
 from torchtrim.edits.joint import Form, Key
 from torchtrim.edits.remove_place import Taken, take_out
 from torchtrim.edits.remove_runs import Run
-from torchtrim.edits.rewire import Room, run_copy
+from torchtrim.edits.rewire import Room
 from torchtrim.edits.work import Work
 from torchtrim.errors import CheckFailed, EditError
 from torchtrim.graph.check import Mismatch, Side, compare

@@ -10,11 +10,12 @@ import torch
 from torch import fx, nn
 
 from torchtrim.edits.adapter_layers import PassOn
-from torchtrim.edits.addresses import Address, callers, places
+from torchtrim.edits.addresses import Address, places
+from torchtrim.edits.calls import callers, held_plainly
 from torchtrim.edits.joint import Form
 from torchtrim.edits.kept_nodes import Plan
 from torchtrim.edits.remove_runs import Call, Run, main_node
-from torchtrim.edits.rewire import Room
+from torchtrim.edits.rewire import Room, call_by_name
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError
 from torchtrim.graph.reader import join
@@ -39,14 +40,18 @@ class Taken:
     form: Form = field(default_factory=Form)
 
 
-def ways(model: nn.Module, runs: Sequence[Run], adapters: Mapping[str, nn.Module]) -> Iterator[tuple[Taken, ...]]:
+def ways(
+    model: nn.Module, runs: Sequence[Run], adapters: Mapping[str, nn.Module], compared: bool
+) -> Iterator[tuple[Taken, ...]]:
     """The ways to take runs out, the one that changes least first.
 
     Args:
         model: The model.
         runs: What is to go.
         adapters: The adapters, by the address of the run.
+        compared: Whether the result is compared: else elements of containers stay where other code may count them.
     """
+    held = held_plainly(model)
     calls = {call.address: call for run in runs for call in run.calls}
     owners: dict[str, set[str]] = {address: set() for address in calls}
     for call in (call for run in runs for call in run.calls):
@@ -61,20 +66,23 @@ def ways(model: nn.Module, runs: Sequence[Run], adapters: Mapping[str, nn.Module
         taken = []
         for address, call in calls.items():
             copies = copied and address in firsts
-            own = "opened" if owners[address] & opened else _how(model, call, how, copies or address in adapters)
+            stays = copies or address in adapters or call.module in held
+            known = all(_is_sequential(model, owner) for owner in owners[address])
+            stays = stays or not (known or compared)
+            own = "opened" if owners[address] & opened else _how(model, call, how, stays, known)
             taken.append(Taken(address, own, copies, call.form))
         if tuple(taken) not in done:
             done.append(tuple(taken))
             yield done[-1]
 
 
-def _how(model: nn.Module, call: Call, how: str, stays: bool) -> str:
+def _how(model: nn.Module, call: Call, how: str, stays: bool, known: bool) -> str:
     """How to take out one call, where `how` is what is tried for those that nothing is known of."""
     if "#" in call.address:
         return "passed" if stays else "gone"
     parents = [parent for parent, _ in _holders(model, call.key[0])]
-    if all(type(parent).forward is nn.Sequential.forward for parent in parents):
-        return "passed" if stays else "gone"  # nothing but a forward that is known calls it
+    if known and all(type(parent).forward is nn.Sequential.forward for parent in parents):
+        return "passed" if stays or how != "gone" else "gone"  # only other elements may be called from elsewhere
     if how != "gone":
         return how
     containers = all(isinstance(parent, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) for parent in parents)
@@ -105,6 +113,7 @@ def take_out(
     Raises:
         EditError: A module that has to be opened cannot be.
     """
+    call_by_name(work, [each.address for each in taken if each.how == "passed" and "#" not in each.address])
     opened = [each for each in taken if each.how == "opened"]
     if opened:
         _take_out_of_forwards(work, opened, adapters, {} if rooms is None else rooms)

@@ -20,7 +20,7 @@ from torchtrim.edits.module_state import difference
 from torchtrim.edits.module_types import name_of
 from torchtrim.edits.placing import fit
 from torchtrim.edits.replace_check import check_opening, check_runs
-from torchtrim.edits.rewire import Room
+from torchtrim.edits.rewire import Room, call_by_name
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError, SelectionError
 from torchtrim.graph.copying import full_copy, structural_copy, unwrap
@@ -131,6 +131,7 @@ class Replace(Edit):
         if not wanted:
             raise SelectionError("there is nothing to replace", found=", ".join(self.what) or "no place")
         calls = [place.where.text for place in wanted if place.is_call]
+        calls += call_by_name(work, [place.where.path for place in wanted if not place.is_call])
         for place in wanted:
             fit(place.module, work.model, place.module.training)
             if place.is_call:

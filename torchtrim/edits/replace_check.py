@@ -41,6 +41,12 @@ def check_runs(work: Work, modules: Mapping[str, nn.Module]) -> None:
         raise _refused(work, modules, before, error) from error
     for address, module in modules.items():
         old = Address.of(work.before, address).path if ":" not in address else None
+        if old is not None and "#" not in address and before.calls_of(old) and not after.calls_of(names[module]):
+            raise EditError(
+                "the new module is never called, though the old one was: the forward reaches it in a hidden way",
+                path=address,
+                hint="remove or replace the module around it",
+            )
         shapes = None if old is None else _shape(before, old), _shape(after, names[module])
         work.joints.append(Joint(address, *shapes, f"replaced by: {type(module).__name__}"))
     ends = [[str(value) for value in each.calls_of("")[0].outputs] for each in (before, after)]

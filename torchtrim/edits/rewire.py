@@ -5,8 +5,7 @@ Only that module is read, as it is called in the model: what is around it need n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +14,10 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from torchtrim.edits.calls import called_past_name, callers, held_plainly, modules_in, run_copy
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError, PathError, TraceError
-from torchtrim.graph.copying import has_function_hooks, kept_random_state, paused_collection, structural_copy
-from torchtrim.graph.execution import no_fused_attention
+from torchtrim.graph.copying import kept_random_state, paused_collection, structural_copy
 from torchtrim.graph.fakes import Fakes
 from torchtrim.graph.guards import GUARDS
 from torchtrim.graph.inputs import Inputs
@@ -46,6 +45,56 @@ def open_room(work: Work, path: str) -> Room:
         raise PathError("it is never called for these inputs", path=path)
     frame = Frame(path, in_eval.module, in_eval, in_train, not same_graph(in_eval.graph, in_train.graph))
     return Room(path, work.model.get_submodule(path), frame, max(map(len, readings.values())))
+
+
+def call_by_name(work: Work, paths: Iterable[str]) -> list[str]:
+    """See that modules are called by the names that the model has for them, so that others can take their places.
+
+    A forward may also reach one through a list, a tuple, a dict or an object that it keeps besides: it would go on
+    calling the old one. The module that does is opened, and calls it by name then.
+
+    Args:
+        work: The model that is worked on.
+        paths: The modules that are about to be replaced.
+
+    Returns:
+        Those that were not.
+
+    Raises:
+        EditError: One of these cannot be.
+    """
+    by_name: list[str] = []
+    held = held_plainly(work.model)
+    for path in paths:
+        child = work.model.get_submodule(path)
+        if path == "" or child not in held:
+            continue
+        calls = [callers(work.model, work.inputs, path, training) for training in (False, True)]
+        if not any(calls):
+            raise _hidden(path, "it is never called by its name for these inputs")
+        if not called_past_name(work.model, work.inputs, path):
+            continue
+        for owner in dict.fromkeys(call.owner for each in calls for call in each):
+            try:
+                open_room(work, owner).close(work)
+            except EditError as error:
+                raise _hidden(path, f"{owner or 'the model'!r} cannot be opened: {error.message}") from error
+            attributes = work.model.get_submodule(owner).__dict__
+            for name in [name for name, value in attributes.items() if child in modules_in(name, value)]:
+                del attributes[name]
+        if calls != [callers(work.model, work.inputs, path, training) for training in (False, True)]:
+            raise _hidden(path, "the forward that does calls its methods")
+        by_name.append(path)
+    return by_name
+
+
+def _hidden(path: str, reason: str) -> EditError:
+    return EditError(
+        "a list, a dict or an object that is no nn.Module refers to it, and would go on calling it when another "
+        f"has its place: {reason}",
+        path=path,
+        hint="an nn.ModuleList or nn.ModuleDict there",
+    )
 
 
 @dataclass(eq=False)
@@ -130,9 +179,11 @@ class Room:
         """
         for graph in self.graphs:
             graph.lint()
-        module = opened(self.module, *self.graphs, replacements=dict(new or {}))
-        _keep_unused(self.module, module, "", self._used)
-        _keep_attributes(self.module, module)
+        call_by_name(work, [self.path])
+        source = work.model.get_submodule(self.path)
+        module = opened(source, *self.graphs, replacements=dict(new or {}))
+        _keep_unused(source, module, "", self._used)
+        _keep_attributes(source, module)
         work.put(self.path, module)
         return module
 
@@ -194,61 +245,11 @@ def _keep_unused(source: nn.Module, target: nn.Module, prefix: str, used: set[st
 
 def _keep_attributes(source: nn.Module, target: nn.Module) -> None:
     """Give `target` the plain attributes of `source`: counts and settings that other code may ask for."""
+    members = set(target.modules())
     for name, value in source.__dict__.items():
         plain = not name.startswith("_") and not callable(value) and not isinstance(value, (fx.Graph, fx.Node))
-        if plain and name not in RESERVED and name not in target.__dict__:
+        if plain and name not in RESERVED and name not in target.__dict__ and modules_in(name, value) <= members:
             target.__dict__[name] = value
-
-
-def run_copy(
-    model: nn.Module,
-    inputs: Inputs,
-    training: bool,
-    watch: Callable[[nn.Module], AbstractContextManager[Any] | None],
-    fake: Fakes | None = None,
-) -> bool:
-    """Run a copy of a model once, on shapes alone where that is possible; returns whether it took the users' hooks.
-
-    Args:
-        model: The model. It is left as it was.
-        inputs: What to run it on.
-        training: In which mode.
-        watch: Called with the copy before it runs, to put hooks on it; again, where another try is needed. It may
-            return what to run it under.
-        fake: The mode that the shapes belong to.
-
-    Raises:
-        EditError: The model does not run.
-    """
-    fake = fake or Fakes()
-    with_hooks = (False, True) if has_function_hooks(model) else (False,)
-    # A forward that depends on values has to be run; one of the user's hooks may change a shape.
-    ways = [(shapes_only, hooks) for hooks in with_hooks for shapes_only in (True, False)]
-    for shapes_only, hooks in ways[:-1]:
-        with suppress(Exception):
-            _run_once(model, inputs, training, watch, fake if shapes_only else None, hooks)
-            return hooks
-    try:
-        _run_once(model, inputs, training, watch, None, ways[-1][1])
-    except Exception as error:
-        reason = f"the model does not run on the example inputs: {error}"
-        raise EditError(reason, found=inputs.describe()) from error
-    return ways[-1][1]
-
-
-def _run_once(
-    model: nn.Module,
-    inputs: Inputs,
-    training: bool,
-    watch: Callable[[nn.Module], AbstractContextManager[Any] | None],
-    fake: Fakes | None,
-    user_hooks: bool,
-) -> None:
-    twin = structural_copy(model, own_buffers=True, user_hooks=user_hooks).train(training)
-    around = watch(twin) or nullcontext()
-    given = inputs.fresh() if fake is None else inputs.map(lambda tensor: fake.from_tensor(tensor.detach()))
-    with kept_random_state(), torch.no_grad(), no_fused_attention(), nullcontext() if fake is None else fake, around:
-        given.call(twin)
 
 
 class _RoomReader:
