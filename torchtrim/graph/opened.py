@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from torchtrim.graph.reading import same_graph
+from torchtrim.graph.writable import check_writable
 
 _HOOKS = (
     "_forward_hooks",
@@ -53,7 +54,13 @@ class OpenedModule(fx.GraphModule):
         return self._name
 
     def recompile(self) -> Any:
-        """Compile the forward from the graphs."""
+        """Compile the forward from the graphs.
+
+        Raises:
+            TraceError: A name in them cannot be written into source.
+        """
+        for graph in filter(None, (self._graph, self.train_graph)):
+            check_writable(graph)
         if self.train_graph is None:
             code = super().recompile()
             _call_plainly(type(self))

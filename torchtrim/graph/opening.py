@@ -28,6 +28,7 @@ from torchtrim.graph.leftovers import forget_proxies, kept_state, python_random
 from torchtrim.graph.proxies import ReadingProxy, expression
 from torchtrim.graph.reading import RESERVED, UNKNOWABLE, Evaluation, Reading, Value
 from torchtrim.graph.structure import leaves, map_leaves
+from torchtrim.graph.writable import unwritable
 
 
 def read_forward(
@@ -262,6 +263,12 @@ class _Tracer(fx.Tracer):
         return value
 
     # What is recorded
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> fx.Node:
+        reason = unwritable(kind, target, kwargs)
+        if reason is not None:
+            raise TraceError(reason)
+        return super().create_node(kind, target, args, kwargs, *more, **named)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
