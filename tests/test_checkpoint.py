@@ -297,6 +297,56 @@ def test_flags_modes_types_and_attributes_set_by_hand(tmp_path: Path) -> None:
     assert torch.equal(net.rnn.weight_ih_l0.grad, again.rnn.weight_ih_l0.grad)
 
 
+class Sloped(nn.Module):
+    """A number in the forward, which an edit that opens it writes into the graph."""
+
+    def __init__(self, slope: float, act: type[nn.Module] = nn.LeakyReLU) -> None:
+        super().__init__()
+        self.slope = slope
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.act = act(slope) if act is nn.LeakyReLU else act()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.b(torch.tanh(self.a(x) * self.slope)))
+
+
+def test_numbers_of_a_model_without_a_factory_are_those_that_were_saved(tmp_path: Path) -> None:
+    net, x = Sloped(0.25).eval(), torch.randn(2, 4)
+    save(net, tmp_path / "net.trim")
+    given = Sloped(0.01)
+    again = load(tmp_path / "net.trim", model=given)
+    assert again.slope == again.act.negative_slope == 0.25 and given.slope == 0.01
+    assert_same(net, again, x)
+
+
+def test_a_given_model_with_another_layer_is_refused(tmp_path: Path) -> None:
+    save(Sloped(0.25), tmp_path / "net.trim")
+    with pytest.raises(CheckpointMismatch, match=r"act: has another class.*found: GELU; expected: LeakyReLU"):
+        load(tmp_path / "net.trim", model=Sloped(0.25, nn.GELU))
+
+
+def test_a_given_model_whose_opened_forward_is_another_is_warned_of(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    net = tt.remove(Sloped(0.25).eval(), x, ":tanh")
+    save(net, tmp_path / "net.trim")
+    assert_same(net, load(tmp_path / "net.trim", model=Sloped(0.25)), x)
+    with pytest.warns(TorchTrimWarning, match="other calls, or with other numbers.*the model itself"):
+        load(tmp_path / "net.trim", model=Sloped(0.01))
+
+
+@pytest.mark.parametrize("factory", [Net, False])
+def test_what_is_frozen_stays_frozen_through_train(factory: Any, tmp_path: Path) -> None:
+    net, given = Net(), Net()
+    tt.freeze(net, "norm")
+    tt.freeze(given)
+    save(net, tmp_path / "net.trim", factory=factory)
+    again = load(tmp_path / "net.trim", trusted=[f"{HERE}:Net"], model=None if factory else given)
+    assert_same(net.train(), again.train())
+    assert not again.norm.training and again.layers.training
+    tt.unfreeze(again)
+    assert again.train().norm.training and not given.train().norm.training and not net.train().norm.training
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -234,7 +234,7 @@ def documents() -> Iterator[tuple[str, Change, type[CheckpointError]]]:
     mismatches: dict[str, Any] = {
         "parameters": [], "flags": ["0.weight", "1.num_batches_tracked"], "tied": {"0.bias2": "0.bias"},
         "shared": {"0.more": "0.weight"}, "training": {"": True, "no.such": False},
-        "settings": {"3": {"no": 1}},
+        "settings": {"2": {"forward": 1}}, "kinds": {"2": "GELU"}, "held": ["no.such"],
     }  # fmt: skip
     for key, value in mismatches.items():
         yield f"{key} {value}"[:50], lambda f, k=key, v=value: f.document.update({k: v}), CheckpointMismatch

@@ -60,7 +60,10 @@ class Document(_Part):
         strides: Of tensors that do not lie row by row.
         flags: Parameters without a gradient, and buffers with.
         training: Training flags by path, each for all below it that is not named.
-        settings: Plain attributes that the factory does not set so, by path, in the form of `plain`.
+        settings: Plain attributes that the factory does not set so (without a factory: all), by path, in the form of
+            `plain`.
+        held: Modules that stay in eval mode through `.train()`, by path.
+        kinds: Without a factory: classes and forwards by path, see `kinds`.
         loose: Tensors that are plain attributes: the file's tensors `loose.NAME`.
         optimizer: An optimizer's state; `None` without one.
     """
@@ -79,6 +82,8 @@ class Document(_Part):
     settings: dict[str, dict[str, Any]]
     loose: list[str]
     optimizer: OptimizerPart | None
+    held: list[str] = []
+    kinds: dict[str, str] = {}
 
     def text(self) -> str:
         """As JSON."""

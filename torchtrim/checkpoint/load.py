@@ -12,6 +12,7 @@ from torch import nn
 from torchtrim.checkpoint import container
 from torchtrim.checkpoint.container import Container
 from torchtrim.checkpoint.document import Document, history_with
+from torchtrim.checkpoint.kinds import compare_kinds
 from torchtrim.checkpoint.optimizer import check, restore, tensor_names
 from torchtrim.checkpoint.origin import Factory, remember, write_history
 from torchtrim.checkpoint.plain import from_plain
@@ -42,8 +43,10 @@ def load(
     Args:
         path: The file.
         model: The model as it was before the edits (or after some of them), for a file without a factory, or instead
-            of it. Its class need not be the one that was saved, its names and shapes must. It is left as it was,
-            whatever happens; its weights are not used.
+            of it. Its class need not be the one that was saved; its names, its shapes and the layers of `torch.nn` in
+            it must. It is left as it was, whatever happens; its weights are not used, nor are numbers and texts that
+            the file has too (a dropout's `p`). A warning says where an opened forward makes other calls than the one
+            that was saved.
         trusted: Names of factories, and of classes of inserted modules, that may be called:
             `"package.module:function"`; or a dict of them with the functions to call instead.
         optimizer: An optimizer of the class that was saved: it is given the loaded model's parameters, in the groups
@@ -106,11 +109,12 @@ def _loaded(
     if optimizer is None:
         file.verify(names["optimizer"])
     read = file.tensors([*names["model"], *names["loose"]])
+    compare_kinds(net, document.kinds)
     state = _state(document, read, device)
     put(net, state)
     set_loose(net, {name.removeprefix("loose."): read[name].to(device) for name in names["loose"]})
-    set_plain(net, _settings(document.settings))
-    set_modes(net, document.training)
+    set_plain(net, _settings(document.settings), strict=document.factory is not None)
+    set_modes(net, document.training, document.held)
     write_history(net, past)
     if factory is not None:
         remember(net, factory)

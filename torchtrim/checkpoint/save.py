@@ -14,16 +14,18 @@ from torch import nn
 from torchtrim import __version__
 from torchtrim.checkpoint import container
 from torchtrim.checkpoint.document import Document, FactoryPart, WeightsPart, weights_in
+from torchtrim.checkpoint.kinds import kinds_of
 from torchtrim.checkpoint.optimizer import described
 from torchtrim.checkpoint.origin import Factory, remembered
 from torchtrim.checkpoint.plain import to_plain
 from torchtrim.checkpoint.rebuild import rebuilt
-from torchtrim.checkpoint.settings import compare, differences, loose_tensors, modes_of
+from torchtrim.checkpoint.settings import compare, differences, loose_tensors, modes_of, plain_attributes
 from torchtrim.checkpoint.tensors import state_of
 from torchtrim.checkpoint.zoo import guesses
 from torchtrim.edits.history import history
 from torchtrim.errors import CheckpointError, CheckpointMismatch, TorchTrimError, TorchTrimWarning
 from torchtrim.graph.copying import unwrap
+from torchtrim.graph.held import is_held
 
 
 def save(
@@ -38,8 +40,9 @@ def save(
 
     The file is in the safetensors format: parameters and buffers (those too that no `state_dict` has), each once, in
     their own types; the tensors of the records; and, as JSON in the header, the history, what is tied, what takes no
-    gradient, the training flags, and plain attributes set by hand (a dropout's `p`). Not kept: gradients, hooks (a
-    warning says where there are some), the random state.
+    gradient, the training flags, what `freeze` holds, and plain attributes set by hand (a dropout's `p`). Without a
+    factory all plain attributes are written, and enough of the code to notice another model at `load`. Not kept:
+    gradients, hooks (a warning says where there are some), the random state.
 
     Before anything is written the model is made again from `factory` and its history, without weights, and compared:
     names, classes, shapes, the forwards of opened modules. The file is written beside its place, flushed to the disk,
@@ -80,7 +83,7 @@ def save(
     state = state_of(net)
     made, reference = _origin(net, factory)
     _warn_of_hooks(net, reference)
-    settings = {} if reference is None else differences(net, reference)
+    settings = plain_attributes(net) if reference is None else differences(net, reference)
     loose = loose_tensors(net, reference)
     part, moments = described(optimizer, net) if optimizer is not None else (None, {})
     past = history(net)
@@ -100,6 +103,8 @@ def save(
         settings={name: {key: to_plain(value) for key, value in held.items()} for name, held in settings.items()},
         loose=sorted(loose),
         optimizer=part,
+        held=[name for name, module in net.named_modules() if is_held(module)],
+        kinds=kinds_of(net) if reference is None else {},
     )
     tensors = {f"model.{name}": tensor for name, tensor in state.tensors.items()}
     for number, (_, held) in enumerate(records):

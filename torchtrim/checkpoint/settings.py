@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch import fx, nn
 from torchtrim.checkpoint.plain import is_plain
 from torchtrim.checkpoint.tensors import compare_names, named_tensors
 from torchtrim.errors import CheckpointMismatch
+from torchtrim.graph.held import hold, is_held, let_go
 from torchtrim.graph.reading import same_graph
 
 _OWN = {*vars(nn.Module()), "_torchtrim_history", "_torchtrim_inputs", "_torchtrim_factory", "train_graph", "_name"}
+_OPENED = {*vars(fx.GraphModule(nn.Module(), fx.Graph())), "shape_env"}
 
 
 def compare(net: nn.Module, rebuilt: nn.Module) -> None:
@@ -73,19 +75,38 @@ def differences(net: nn.Module, rebuilt: nn.Module) -> dict[str, dict[str, Any]]
     return found
 
 
-def set_plain(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Set plain attributes that `differences` found. Only those that are there, and plain, can be set.
+def plain_attributes(net: nn.Module) -> dict[str, dict[str, Any]]:
+    """All plain attributes, by module, by name: where there is nothing to tell which of them are others."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in net.named_modules():
+        own = _OWN | _OPENED if isinstance(module, fx.GraphModule) else _OWN
+        held = {key: value for key, value in vars(module).items() if key not in own and is_plain(value)}
+        if held:
+            found[name] = held
+    return found
+
+
+def set_plain(model: nn.Module, settings: Mapping[str, Mapping[str, Any]], *, strict: bool) -> None:
+    """Set plain attributes. Only those that are there, and plain, can be set.
+
+    Args:
+        model: The model.
+        settings: What `differences` or `plain_attributes` found.
+        strict: Refuse where there is no attribute of this name, rather than leave it out: the given model may be of
+            another class, and not have been run.
 
     Raises:
-        CheckpointMismatch: There is no such attribute.
+        CheckpointMismatch: There is no such attribute, or it is not plain.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, values in settings.items():
         for key, value in values.items():
             attributes = modules[name].__dict__ if name in modules else {}
-            if key not in attributes or key in _OWN or not is_plain(attributes[key]):
+            if key in attributes and key not in _OWN and is_plain(attributes[key]):
+                if not _equal(value, attributes[key]):
+                    attributes[key] = value
+            elif strict or key in _OWN or key in attributes or hasattr(type(modules.get(name)), key):
                 raise CheckpointMismatch("no such attribute to set", path=_joined(name, key))
-            attributes[key] = value
 
 
 def loose_tensors(net: nn.Module, rebuilt: nn.Module | None) -> dict[str, torch.Tensor]:
@@ -129,18 +150,22 @@ def modes_of(model: nn.Module) -> dict[str, bool]:
     return flags
 
 
-def set_modes(model: nn.Module, flags: Mapping[str, bool]) -> None:
-    """Set the training flags that `modes_of` found.
+def set_modes(model: nn.Module, flags: Mapping[str, bool], held: Collection[str]) -> None:
+    """Set the training flags that `modes_of` found; the modules at the paths `held` stay in eval mode, the others not.
 
     Raises:
         CheckpointMismatch: One is of a module that is not there, or the model's own is missing.
     """
     modules = dict(model.named_modules())
-    unknown = sorted(set(flags) - set(modules))
+    unknown = sorted({*flags, *held} - set(modules))
     if unknown or "" not in flags:
         raise CheckpointMismatch("no such module to set a training flag of", path=(unknown or ["''"])[0])
     for name, module in modules.items():
+        if is_held(module):
+            let_go(module)
         module.training = flags[name if name in flags else _above(name, flags)]
+        if name in held:
+            hold(module)
 
 
 def _above(name: str, flags: Mapping[str, bool]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -11,6 +10,7 @@ from torch import nn
 from torchtrim.errors import PathError, SelectionError
 from torchtrim.graph.copying import unwrap
 from torchtrim.graph.execution import Execution, module_ticks, run_if_known
+from torchtrim.graph.held import hold, is_held, let_go
 from torchtrim.graph.inputs import ExampleInputs
 from torchtrim.graph.paths import What, resolve
 from torchtrim.train.parts import Part, part_of, unique
@@ -100,8 +100,7 @@ def freeze(
     else:
         for module in part.modules:
             if has_statistics(module):
-                module.__dict__["train"] = partial(_stay_in_eval, module)
-                module.training = False
+                hold(module)
     return _standing(model, "froze", part.paths)
 
 
@@ -153,23 +152,12 @@ def has_statistics(module: nn.Module) -> bool:
     return statistics and hasattr(module, "momentum")
 
 
-def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Stands in for `train` on a norm whose statistics are held."""
-    module.training = False
-    return module
-
-
-def _is_held(module: nn.Module) -> bool:
-    held = module.__dict__.get("train")
-    return isinstance(held, partial) and held.func is _stay_in_eval
-
-
 def _release(model: nn.Module, modules: list[nn.Module]) -> None:
     """Let held norms follow `.train()` again, from the mode of what holds them on."""
     parent_of = {child: parent for parent in model.modules() for child in parent.children()}
     for module in modules:
-        if _is_held(module):
-            del module.__dict__["train"]
+        if is_held(module):
+            let_go(module)
             module.train(parent_of[module].training if module in parent_of else module.training)
 
 
@@ -245,5 +233,5 @@ def _covering(model: nn.Module, parameters: list[nn.Parameter]) -> tuple[str, ..
 def _standing(model: nn.Module, action: str, paths: tuple[str, ...]) -> Frozen:
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
-    held = sum(_is_held(module) for module in model.modules())
+    held = sum(is_held(module) for module in model.modules())
     return Frozen(action, paths, frozen, total - frozen, held)
