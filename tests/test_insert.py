@@ -325,3 +325,18 @@ def test_any_insertion_of_the_identity_changes_no_output(data: st.DataObject) ->
         assert torch.equal(outputs(net, SMALL, training), outputs(model, SMALL, training))
     again = tt.apply(model, SMALL, tt.history(net), check=False)
     assert list(again.state_dict()) == list(net.state_dict())
+
+
+def test_the_module_is_as_it_was_where_it_does_not_fit() -> None:
+    module = nn.Linear(7, 7).train()
+    weight = module.weight.detach().clone()
+    with pytest.raises(tt.EditError, match="does not take"):
+        tt.insert(nn.Sequential(nn.Linear(4, 3)).half().eval(), torch.randn(2, 4).half(), module, after="0")
+    assert torch.equal(module.weight, weight) and module.weight.dtype == torch.float32
+    assert module.training
+
+
+@pytest.mark.parametrize("name", ["class", "1a", ""])
+def test_a_name_is_one_that_source_can_hold(name: str) -> None:
+    with pytest.raises(tt.EditError, match="not a name"):
+        tt.insert(nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4), nn.ReLU(), after="0", name=name)

@@ -361,3 +361,8 @@ def test_what_has_no_values_is_refused() -> None:
 def test_it_reads_well() -> None:
     spec = ModuleSpec.of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(0.2)))
     assert str(spec) == "Sequential(Conv2d(in_channels=3, out_channels=8, kernel_size=(3, 3)), Dropout(p=0.2))"
+
+
+def test_a_name_that_would_end_a_string_in_source_is_refused() -> None:
+    with pytest.raises(EditError, match="Python source cannot hold"):
+        ModuleSpec("Sequential", children={'a"b': ModuleSpec("ReLU")}).build()

@@ -164,3 +164,20 @@ def test_elements_of_a_sequential_that_is_indexed(check: bool) -> None:
     net = tt.remove(model, X, "features.1", check=check)
     x = 3 * model.features[2](2 * model.features[0](X))
     assert torch.equal(net(X), 4 * model.features[3](x))
+
+
+def test_a_fused_kernel_reads_no_weights_of_what_was_replaced() -> None:
+    class Tanh(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(super().forward(x))
+
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 8)
+    net = tt.replace(model, x, "layers.*.linear2", Tanh(12, 8))
+    with torch.no_grad():
+        fast = net(x)
+    torch.testing.assert_close(fast, net(x))
+    net = tt.replace(model, x, "layers.1.linear2", nn.Sequential(nn.Linear(12, 8), nn.Tanh()))
+    with torch.no_grad():
+        assert net(x, src_key_padding_mask=torch.tensor([[False] * 5, [False] * 4 + [True]])).isfinite().any()

@@ -391,3 +391,19 @@ def test_a_wrong_result_is_thrown_away() -> None:
     assert record_of(trimmed).taken[0].how == "passed"
     with pytest.raises((EditError, CheckFailed)):
         apply(net, x, Remove(("layers.1",), taken=(type(record_of(trimmed).taken[0])("layers.1", "gone"),)))
+
+
+def test_an_adapter_for_a_module_that_is_called_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.mid, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.tanh(self.mid(torch.tanh(self.mid(self.first(x))))))  # type: ignore[no-any-return]
+
+    model, x = Twice(), torch.randn(3, 4)
+    adapter = nn.Linear(6, 6)
+    net = remove(model, x, "mid", adapter=adapter)
+    hidden = torch.tanh(adapter(torch.tanh(adapter(model.first(x)))))
+    torch.testing.assert_close(net(x), model.last(hidden))

@@ -283,3 +283,48 @@ def test_group_norm_leaves_other_classes_and_refuses_what_it_cannot_tell() -> No
     assert group_norm()(nn.ReLU()) is None
     with pytest.raises(tt.EditError, match="does more"):
         group_norm()(Odd(4))
+
+
+class Side(nn.Module):
+    """Uses a module for what it writes to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.r, self.b = nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        self.r(h)
+        return self.b(h)  # type: ignore[no-any-return]
+
+
+def test_what_works_in_place_and_whose_value_is_not_used() -> None:
+    x = torch.randn(2, 4)
+    for check in (True, False):
+        with pytest.raises(tt.EditError, match="its value is not used"):
+            replace(Side(), x, "r", nn.ReLU(), check=check)
+        with pytest.raises(tt.EditError, match="its value is not used"):
+            tt.insert(Side(), x, nn.Tanh(), before="r", check=check)
+    model = Side()
+    net = replace(model, x, "r", nn.ReLU6(inplace=True))
+    assert torch.equal(net(x), model.b(nn.functional.relu6(model.a(x))))
+    net = replace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), x, "1", nn.SiLU())
+    assert isinstance(net[1], nn.SiLU)
+
+
+def test_a_function_that_writes_to_the_old_module_writes_to_a_copy() -> None:
+    def doubled(old: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            old.get_parameter("weight").mul_(2)
+        old.eps = 0.5  # type: ignore[assignment]
+        return old
+
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    net = replace(model, x, nn.BatchNorm2d, doubled)
+    assert float(model[1].weight.detach().sum()) == 4
+    assert (float(net[1].weight.detach().sum()), net[1].eps) == (8, 0.5)
+    assert torch.equal(replayed(model, net, x)(x), net(x))
+    bias = model[1].bias
+    replace(model, x, nn.BatchNorm2d, doubled, copy=False)
+    assert model[1].bias is bias

@@ -16,7 +16,7 @@ from torchtrim.edits.calls import callers, run_copy
 from torchtrim.edits.edit import Edit, decided
 from torchtrim.edits.insert_check import check_insertion
 from torchtrim.edits.module_spec import ModuleSpec
-from torchtrim.edits.placing import fit, put_before, put_behind, put_behind_whole
+from torchtrim.edits.placing import fit, kept_if_it_fails, put_before, put_behind, put_behind_whole
 from torchtrim.edits.rewire import Room, open_room
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import EditError, InputError, PathError
@@ -25,6 +25,7 @@ from torchtrim.graph.execution import run_fake
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.paths import resolve
 from torchtrim.graph.reader import join
+from torchtrim.graph.writable import is_writable
 
 
 def insert(
@@ -128,7 +129,8 @@ class Insert(Edit):
                 found="no place" if self.after is None else f"after={self.after!r} and before={self.before!r}",
                 expected="after=, or before=",
             )
-        if self.name is not None and not (isinstance(self.name, str) and self.name.isidentifier()):
+        name = self.name
+        if name is not None and not (isinstance(name, str) and name.isidentifier() and is_writable(name)):
             raise EditError("not a name for a module", path="name", found=self.name, expected="an identifier")
         if type(self.index) is not int or self.index < 0:
             raise EditError("not a number of a tensor", path="index", found=self.index, expected="0, 1, ...")
@@ -140,10 +142,14 @@ class Insert(Edit):
         module = work.module(spec)
         if work.planning and module is spec.live:
             module = full_copy(module)
+        with kept_if_it_fails(module):
+            return self._performed(work, where, module, spec.recorded())
+
+    def _performed(self, work: Work, where: Address, module: nn.Module, recorded: ModuleSpec) -> Insert:
         fit(module, work.model, module.training)
         if self.placed and not work.check and not work.planning:
             fit(module, work.model, self._again(work, where, module)[0].training)
-            return replace(self, module=spec.recorded())
+            return replace(self, module=recorded)
         elements = _elements(work, where)
         value = _passing(work, where, self.after is None) if elements else None
         if elements and isinstance(value, torch.Tensor) and self.index == 0:
@@ -158,7 +164,7 @@ class Insert(Edit):
         if work.check:
             work.checked += check_insertion(work, where, path, before=self.after is None, index=self.index)
         fit(module, work.model, owners[0].training)
-        return replace(self, module=spec.recorded(), path=path, placed=tuple(placed))
+        return replace(self, module=recorded, path=path, placed=tuple(placed))
 
     def _again(self, work: Work, where: Address, module: nn.Module) -> list[nn.Module]:
         """Put it where it was put before, without running the model to find out where that is."""
@@ -216,6 +222,8 @@ class Insert(Edit):
             if room not in names:
                 names[room] = self._free(room.free_name, module)
             for node in nodes:
+                if self.after is None and not node.users:
+                    raise EditError("its value is not used: it works in place, on what it is given", path=where.text)
                 put = put_before if self.after is None else put_behind
                 try:
                     shapes.append(put(room, node, self.index, names[room]))

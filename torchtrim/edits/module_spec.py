@@ -19,6 +19,7 @@ from torchtrim.edits.module_types import Trusted, class_of, is_open_class, name_
 from torchtrim.edits.weights import Weights
 from torchtrim.errors import EditError, TorchTrimError
 from torchtrim.graph.copying import kept_random_state
+from torchtrim.graph.writable import is_writable
 
 __all__ = ["ModuleSpec", "Trusted"]
 
@@ -144,6 +145,9 @@ class ModuleSpec:
         left = [name for name, tensor in _tensors(module)[0].items() if tensor.is_meta]
         if left:
             raise EditError("its weights are not in the record", path=self.type, expected=left)
+        for name in (*dict(module.named_modules()), *_tensors(module)[0]):
+            if not all(map(is_writable, filter(None, name.split(".")))):
+                raise EditError("a name in it that Python source cannot hold", path=self.type, found=name[:60])
         return module
 
     def _made(self, trusted: Trusted, meta: bool) -> nn.Module:

@@ -64,7 +64,7 @@ class Reference:
         assign(self.model, weights)
         self.adapters: dict[str, str] = {}
         for run in self.runs:
-            if run.address in adapters:
+            if run.address in adapters and run.address not in self.adapters:
                 host = _host(self.model, run.first.key[0])
                 name = self.adapters[run.address] = join(host, f"adapter_of_the_check_{len(self.adapters)}")
                 self.model.get_submodule(host).add_module(name.rpartition(".")[2], adapters[run.address])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from torchtrim.edits.addresses import Address, places
@@ -19,11 +20,11 @@ from torchtrim.edits.module_spec import ModuleSpec
 from torchtrim.edits.module_state import difference
 from torchtrim.edits.module_types import name_of
 from torchtrim.edits.placing import fit
-from torchtrim.edits.replace_check import check_opening, check_runs
+from torchtrim.edits.replace_check import check_opening, check_runs, refuse_unused
 from torchtrim.edits.rewire import Room, call_by_name
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError, SelectionError
-from torchtrim.graph.copying import full_copy, structural_copy, unwrap
+from torchtrim.graph.copying import full_copy, unwrap
 from torchtrim.graph.inputs import ExampleInputs
 from torchtrim.graph.opened import has_output_hooks
 from torchtrim.graph.paths import What, find
@@ -53,8 +54,9 @@ def replace(
             (`"layer1.0:relu"`) or of one call (`"act#1"`), or a list of these. What lies inside a module that is
             replaced goes with it.
         new: A module, of which every place gets a copy of its own, weights too; or a function of the old module, or of
-            (path, old module), that returns the new one, or `None` to leave the old one in its place. It may use the
-            old module as part of the new one, and may not change its weights. In a module, `Old()` stands for the old.
+            (path, old module), that returns the new one, or `None` to leave the old one in its place. It gets a copy
+            of the old one, and may change it or use it as part of the new one: weights that it does not write to are
+            the old ones again. In a module, `Old()` stands for the old.
         copy: Copy the parameters. Without it the model itself is changed, as for `cut`.
         check: Run the result in both modes, at several batch sizes and another input size, with a backward; what is
             replaced may compute something else, so the history says by how much the output differs, and nothing is
@@ -132,6 +134,7 @@ class Replace(Edit):
             raise SelectionError("there is nothing to replace", found=", ".join(self.what) or "no place")
         calls = [place.where.text for place in wanted if place.is_call]
         calls += call_by_name(work, [place.where.path for place in wanted if not place.is_call])
+        refuse_unused(work, {place.where.path: place.module for place in wanted if not place.is_call})
         for place in wanted:
             fit(place.module, work.model, place.module.training)
             if place.is_call:
@@ -180,9 +183,11 @@ class Replace(Edit):
         elif old is None:
             raise EditError("at a function there is no old module to make a new one of", path=where.text)
         else:
-            given = structural_copy(old)  # so that a function that changes it changes no more than its own
+            given = full_copy(old)  # so that a function that changes it changes no more than its own
+            pairs = list(zip(_tensors(old), _tensors(given), strict=True))
             made = self.change(*((given,) if _takes_one(self.change) else (where.path, given)))
-            same = difference(old, given) is None
+            modules = {*given.modules(), *(made.modules() if isinstance(made, nn.Module) else ())}
+            same = _share_again(pairs, modules) and difference(old, given) is None
             if made is None or (made is given and same):
                 return None
             if not isinstance(made, nn.Module):
@@ -226,6 +231,31 @@ class _Place:
     def is_call(self) -> bool:
         """Whether one call is replaced, and not a module wherever it is called."""
         return self.where.function is not None or self.where.number is not None
+
+
+def _share_again(pairs: list[tuple[torch.Tensor, torch.Tensor]], modules: Iterable[nn.Module]) -> bool:
+    """Put a module's tensors in place of their copies, but for those written to; returns whether none was."""
+    same = [(one, other) for one, other in pairs if _is_same(one, other)]
+    own = {id(other): one for one, other in same}
+    for module in modules:
+        members: Any  # parameters, then buffers
+        for members in (module._parameters, module._buffers):
+            members.update({name: own.get(id(held), held) for name, held in members.items()})
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+    return len(same) == len(pairs)
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.is_meta or is_lazy(one):
+        return True
+    kinds = [(each.dtype, each.device, each.requires_grad) for each in (one, other)]
+    return kinds[0] == kinds[1] and torch.equal(one, other)
 
 
 def _gone(found: list[_Place]) -> Iterator[str]:

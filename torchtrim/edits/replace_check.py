@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from torchtrim.edits.addresses import Address, places
+from torchtrim.edits.joint import observe
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import CheckFailed, EditError, GuardError, InputError
 from torchtrim.graph.check import Mismatch, Side, compare, differs, flatten, run, variants
@@ -47,6 +49,8 @@ def check_runs(work: Work, modules: Mapping[str, nn.Module]) -> None:
                 path=address,
                 hint="remove or replace the module around it",
             )
+        if old is not None and not before.calls_of(old):
+            work.notes.append(f"{address!r} is not called in eval mode for these inputs")
         shapes = None if old is None else _shape(before, old), _shape(after, names[module])
         work.joints.append(Joint(address, *shapes, f"replaced by: {type(module).__name__}"))
     ends = [[str(value) for value in each.calls_of("")[0].outputs] for each in (before, after)]
@@ -54,6 +58,41 @@ def check_runs(work: Work, modules: Mapping[str, nn.Module]) -> None:
         work.notes.append(f"the model returns {', '.join(ends[1])} where it returned {', '.join(ends[0])}")
     if work.check:
         work.checked += _runs(work, list(modules))
+
+
+def refuse_unused(work: Work, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse a place where a module's value is not used, because it writes to what it is given, as the new does not.
+
+    Args:
+        work: The model before.
+        modules: The new modules, by path.
+
+    Raises:
+        EditError: There is one.
+    """
+    paths = {path for path, new in modules.items() if _in_place(work.model.get_submodule(path)) and not _in_place(new)}
+    twin = structural_copy(work.model) if paths else work.model
+    for path in paths:
+        twin.get_submodule(path).register_forward_pre_hook(_OnCopies(), with_kwargs=True)
+    for training in (False, True) if paths else ():
+        for seen in observe(twin, work.inputs, training, paths):
+            if not seen.needed and not seen.returned:
+                raise EditError(
+                    "its value is not used: it works in place, on what it is given",
+                    path=seen.key[0],
+                    hint="a module with inplace=True",
+                )
+
+
+def _in_place(module: nn.Module) -> bool:
+    return any(getattr(each, "inplace", False) is True for each in module.modules())
+
+
+class _OnCopies:
+    """A hook that lets a module write to copies. Not a function: copies of a model are run without those."""
+
+    def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
 
 
 def check_opening(work: Work, addresses: Sequence[str]) -> None:

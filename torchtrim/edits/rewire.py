@@ -51,7 +51,8 @@ def call_by_name(work: Work, paths: Iterable[str]) -> list[str]:
     """See that modules are called by the names that the model has for them, so that others can take their places.
 
     A forward may also reach one through a list, a tuple, a dict or an object that it keeps besides: it would go on
-    calling the old one. The module that does is opened, and calls it by name then.
+    calling the old one. The module that does is opened, and calls it by name then. A `TransformerEncoderLayer` loses
+    its fast path, which reads the weights of its layers instead of calling them.
 
     Args:
         work: The model that is worked on.
@@ -66,6 +67,7 @@ def call_by_name(work: Work, paths: Iterable[str]) -> list[str]:
     by_name: list[str] = []
     held = held_plainly(work.model)
     for path in paths:
+        _without_fused_kernels(work.model, path)
         child = work.model.get_submodule(path)
         if path == "" or child not in held:
             continue
@@ -86,6 +88,16 @@ def call_by_name(work: Work, paths: Iterable[str]) -> list[str]:
             raise _hidden(path, "the forward that does calls its methods")
         by_name.append(path)
     return by_name
+
+
+def _without_fused_kernels(model: nn.Module, path: str) -> None:
+    """torch's encoder may hand the weights of what is in it to one kernel, and call nothing of it: that is off then."""
+    child = model.get_submodule(path)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and child is not module and child in set(module.modules()):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and child is not module and child in set(module.modules()):
+            module.use_nested_tensor = False
 
 
 def _hidden(path: str, reason: str) -> EditError:
