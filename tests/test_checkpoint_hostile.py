@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import torchtrim as tt
-from torchtrim.checkpoint.load import load
+from torchtrim.checkpoint.load import load, read_history
 from torchtrim.checkpoint.plain import to_plain
 from torchtrim.checkpoint.save import save
 from torchtrim.errors import (
@@ -245,7 +245,8 @@ def documents() -> Iterator[tuple[str, Change, type[CheckpointError]]]:
         ("shared", {"a": "a"}), ("shared", {"a": "b", "b": "0.bias"}), ("strides", {"0.weight": [0, 0, 0, 0]}),
         ("strides", {"0.weight": [2**40, 9, 3, 1]}), ("strides", {"0.weight": [-27, 9, 3, 1]}),
         ("strides", {"no": [1]}),        ("strides", {"0.weight": [1]}), ("loose", ["x"]), ("weights", []),
-        ("weights", [{"at": [], "names": []}]), ("weights", [{"at": ["entries", 99, "edit"], "names": []}]),
+        ("weights", [{"at": [], "names": []}]), ("weights", [{"at": ["entries", 0], "names": ["no"]}]),
+        ("weights", [{"at": ["entries", 99, "edit"], "names": []}]),
         ("settings", {"": {"a": {"code": "import os"}}}), ("settings", {"": {"a": {"float": "x"}}}),
     ]  # fmt: skip
     for key, value in damages:
@@ -310,12 +311,21 @@ def edits() -> Iterator[tuple[str, Change, type[CheckpointError]]]:
         return lambda f: f.document["history"]["entries"][0]["edit"].update(changes)
 
     wrong = [
-        {"kind": "run_code"}, {"kind": None}, {"kind": ["cut"]}, {"kind": "edit", "after": None}, {"version": 2},
-        {"version": 0}, {"version": "1"}, {"version": 10**30}, {"after": 7}, {"after": [7]}, {"after": [[["layer"]]]},
+        {"kind": "run_code"}, {"kind": None}, {"kind": ["cut"]}, {"kind": "edit", "after": None},
+        {"version": 0}, {"version": "1"}, {"after": 7}, {"after": [7]}, {"after": [[["layer"]]]},
         {"names": 3}, {"single": "perhaps"}, {"code": "import os"}, {"kind": "attach_head"},
     ]  # fmt: skip
     for changes in wrong:
         yield f"{changes}", edit(**changes), CheckpointDamaged
+    for version in (2, 10**30):
+        yield f"version {version}", edit(version=version), CheckpointTooNew
+
+    def later(forged: Forged, **changes: Any) -> None:
+        edit(**changes)(forged)
+        forged.document["torchtrim"] = "99.0.1"
+
+    yield "a kind of a later version", lambda f: later(f, kind="run_code"), CheckpointTooNew
+    yield "a key of a later version", lambda f: f.document.update(code=1, torchtrim="0.2"), CheckpointTooNew
     for after in ("no.such", "", ":", "2#9", ":add", "../../etc/passwd", "0.weight", "__class__", "2:__import__('os')"):
         yield f"after {after!r}", edit(after=[after]), CheckpointMismatch
     for changes in (
@@ -355,6 +365,12 @@ def test_each_is_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str
             wrong.append(f"{name}: {type(error).__name__} instead of {expected.__name__}: {error}")
         else:
             wrong.append(f"{name}: was loaded")
+        try:
+            read_history(path)
+        except CheckpointError:
+            continue
+        except (Exception, SystemExit) as error:  # noqa: BLE001
+            wrong.append(f"{name}: its history: {type(error).__name__}: {error}")
     watching[0] = False
     assert not wrong, f"{len(wrong)} of {len(every)}\n" + "\n".join(line[:400] for line in wrong)
     assert not seen

@@ -29,7 +29,6 @@ from torchtrim.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-    from torchtrim.edits.history import History
     from torchtrim.graph.inputs import Inputs
 
 Out = Annotated[Path | None, typer.Option(help="FILE.trim, FILE.onnx, or FILE.pt for a state_dict.")]
@@ -171,7 +170,9 @@ def history(
 
     Example: torchtrim history net.trim
     """
-    found = _history_in(file)
+    from torchtrim.checkpoint.load import read_history
+
+    found = read_history(file)
     if edits:
         if json:
             print_json([edit.to_dict() for edit in found.edits])
@@ -182,22 +183,6 @@ def history(
         print_json(found.to_dict(weights=False))
     else:
         typer.echo(found)
-
-
-def _history_in(file: Path) -> History:
-    from torchtrim.checkpoint import container
-    from torchtrim.checkpoint.document import Document, history_with
-    from torchtrim.edits.weights import Weights
-
-    held = container.read(file)
-    document = Document.of(file, held.text)
-    names = [[f"edits.{number}.{name}" for name in item.names] for number, item in enumerate(document.weights)]
-    tensors = held.tensors([name for each in names for name in each])
-    weights = [
-        (list(item.at), Weights(dict(zip(item.names, (tensors[name] for name in each), strict=True))))
-        for item, each in zip(document.weights, names, strict=True)
-    ]
-    return history_with(file, document.history, weights)
 
 
 def _check(out: Path | None, overwrite: bool, plan: bool) -> None:

@@ -88,6 +88,14 @@ class EditError(TorchTrimError):
     """An edit that cannot be done on this model."""
 
 
+class EditTooNew(EditError):
+    """A record in a form, or of a kind, that a later version of torchtrim wrote."""
+
+
+class EditUntrusted(EditError):
+    """A record that asks for a class of modules which the caller did not name as trusted."""
+
+
 class HeadError(EditError):
     """A head that does not fit, or a model whose head cannot be told."""
 
@@ -117,7 +125,7 @@ class CheckpointDamaged(CheckpointError):
 
 
 class CheckpointTooNew(CheckpointError):
-    """A file in a format that a later version of torchtrim wrote."""
+    """A file that a later version of torchtrim wrote, in a form or with edits that this one does not know."""
 
 
 class CheckpointUntrusted(CheckpointError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from torchtrim import __version__
 from torchtrim.checkpoint.container import parsed
 from torchtrim.edits.history import History
 from torchtrim.edits.weights import Weights
-from torchtrim.errors import CheckpointDamaged, EditError
+from torchtrim.errors import CheckpointDamaged, CheckpointTooNew, EditError, EditTooNew
 
 
 class _Part(BaseModel):
@@ -95,10 +97,13 @@ class Document(_Part):
 
         Raises:
             CheckpointDamaged: It is none; says where.
+            CheckpointTooNew: A later version wrote it, with what this one does not know.
         """
         try:
-            return Document.model_validate(parsed(text))
+            data = parsed(text)
+            return Document.model_validate(data)
         except ValidationError as error:
+            refuse_later(path, data.get("torchtrim") if isinstance(data, dict) else None)
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
             message = f"its description is not one that torchtrim writes: {where}: {first['msg']}"
@@ -133,12 +138,37 @@ def _weights(value: Any, at: list[str | int]) -> Iterator[tuple[list[str | int],
         yield from _weights(item, [*at, key])
 
 
-def history_with(path: Path, data: dict[str, Any], weights: list[tuple[list[str | int], Weights]]) -> History:
+def refuse_later(path: Path, wrote: Any, error: Exception | None = None) -> None:
+    """Say so, where what cannot be read is of a later version.
+
+    Args:
+        path: The file.
+        wrote: The version of torchtrim that wrote it.
+        error: What cannot be read.
+
+    Raises:
+        CheckpointTooNew: It is of a later version.
+    """
+    if isinstance(error, EditTooNew) or _numbers(wrote) > _numbers(__version__):
+        raise CheckpointTooNew(
+            "written by a later version", path=path, found=str(wrote)[:20], expected=__version__, hint="a newer torchtrim"
+        ) from error
+
+
+def _numbers(version: Any) -> list[int]:
+    """The numbers of a version, up to the first part that is none: `[1, 2]` of `1.2.dev3`."""
+    found = re.match(r"\d{1,9}(\.\d{1,9})*", version, re.ASCII) if isinstance(version, str) else None
+    return [int(part) for part in found[0].split(".")] if found else []
+
+
+def history_with(path: Path, document: Document, weights: list[tuple[list[str | int], Weights]]) -> History:
     """The history in a document, its tensors back in their places.
 
     Raises:
-        CheckpointDamaged: A record is wrong, or of a kind that this version does not know; or a place is not there.
+        CheckpointDamaged: A record is wrong, or a place is not there.
+        CheckpointTooNew: A record is of a later version.
     """
+    data = document.history
     for at, held in weights:
         inner: Any = data
         try:
@@ -155,6 +185,7 @@ def history_with(path: Path, data: dict[str, Any], weights: list[tuple[list[str 
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointDamaged(f"its history cannot be read: {error!r}", path=path) from error
     except EditError as error:
+        refuse_later(path, document.torchtrim, error)
         message = f"its history cannot be read: {error.path}: {error.message}"
         raise CheckpointDamaged(
             message, path=path, found=error.found, expected=error.expected, hint=error.hint

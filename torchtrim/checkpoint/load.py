@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,9 @@ def load(
 
     Raises:
         CheckpointDamaged: Not such a file, or one that was cut short or altered.
-        CheckpointTooNew: Its format is a later one.
-        CheckpointUntrusted: Its factory is neither of timm or torchvision nor in `trusted`.
+        CheckpointTooNew: Its format is a later one, or an edit is of a later version.
+        CheckpointUntrusted: Its factory is neither of timm or torchvision nor in `trusted`, or a class of a module in
+            it is not of these, of torch or of torchtrim, nor in `trusted`.
         CheckpointMismatch: What the factory (or `model`) and the edits give is not the model that was saved.
         CheckpointError: It cannot be opened, or has no factory and no `model` was given.
 
@@ -69,14 +72,35 @@ def load(
     """
     place, where = Path(path), _device(device)
     file = container.read(place)
-    try:
+    with _named(place):
         return _loaded(file, Document.of(place, file.text), model, trusted, optimizer, where)
+
+
+def read_history(path: str | os.PathLike[str]) -> History:
+    """What was done to the model in a file, without making the model.
+
+    Raises:
+        CheckpointDamaged: As for `load`.
+        CheckpointTooNew: As for `load`.
+        CheckpointError: It cannot be opened.
+    """
+    place = Path(path)
+    file = container.read(place)
+    with _named(place):
+        document = Document.of(place, file.text)
+        return _history(file, document, _names(file, document))
+
+
+@contextmanager
+def _named(place: Path) -> Iterator[None]:
+    """Errors name the file too: a program may load several."""
+    try:
+        yield
     except RecursionError as error:
         raise CheckpointDamaged("its description is nested too deep", path=place) from error
     except CheckpointError as error:
         if error.path is not None and str(place) in str(error.path):
             raise
-        # The file too: a program may load several.
         message = error.message if error.path is None else f"{error.path}: {error.message}"
         told = type(error)(message, path=place, found=error.found, expected=error.expected, hint=error.hint)
         raise told from error
@@ -92,12 +116,7 @@ def _loaded(
 ) -> nn.Module:
     part = check(document.optimizer, optimizer) if optimizer is not None else None
     names = _names(file, document)
-    records = file.tensors(names["edits"])
-    weights = [
-        (list(item.at), Weights({name: records[f"edits.{number}.{name}"] for name in item.names}))
-        for number, item in enumerate(document.weights)
-    ]
-    past = history_with(file.path, document.history, weights)
+    past = _history(file, document, names)
     factory = _factory(document)
     start = unwrap(model) if model is not None else factory
     if start is None:
@@ -122,6 +141,15 @@ def _loaded(
         moments = file.tensors(names["optimizer"])
         restore(part, optimizer, net, {name.removeprefix("optimizer."): held for name, held in moments.items()})
     return net
+
+
+def _history(file: Container, document: Document, names: dict[str, list[str]]) -> History:
+    records = file.tensors(names["edits"])
+    weights = [
+        (list(item.at), Weights({name: records[f"edits.{number}.{name}"] for name in item.names}))
+        for number, item in enumerate(document.weights)
+    ]
+    return history_with(file.path, document, weights)
 
 
 def _rebuilt(

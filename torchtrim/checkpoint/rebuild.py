@@ -14,7 +14,7 @@ from torchtrim.checkpoint.origin import Factory
 from torchtrim.edits.apply import run
 from torchtrim.edits.history import History, history
 from torchtrim.edits.module_spec import Trusted
-from torchtrim.errors import CheckpointError, CheckpointMismatch, TorchTrimError
+from torchtrim.errors import CheckpointError, CheckpointMismatch, CheckpointUntrusted, EditUntrusted, TorchTrimError
 from torchtrim.graph.copying import kept_random_state, paused_collection, structural_copy
 from torchtrim.graph.execution import inputs_from_spec
 from torchtrim.graph.inputs import Inputs
@@ -33,7 +33,7 @@ def rebuilt(start: Factory | nn.Module, past: History, *, trusted: Trusted, limi
         limit: Bytes that a single tensor may take, where the file says how large it is; `None` for no limit.
 
     Raises:
-        CheckpointUntrusted: The factory is not allowed.
+        CheckpointUntrusted: The factory, or the class of a module that an edit put in, is not allowed.
         CheckpointMismatch: It makes a model on which the edits cannot be done.
         CheckpointError: It cannot be made.
     """
@@ -48,6 +48,10 @@ def rebuilt(start: Factory | nn.Module, past: History, *, trusted: Trusted, limi
                 return _edited(model, past, trusted)
     except CheckpointError:
         raise
+    except EditUntrusted as error:
+        raise CheckpointUntrusted(
+            error.message, path=error.path, found=error.found, expected=error.expected, hint=error.hint
+        ) from error
     except TorchTrimError as error:
         made = start.name if isinstance(start, Factory) else type(start).__name__
         where = f"{error.path}: " if error.path is not None else ""

@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torchtrim.edits.weights import Weights
-from torchtrim.errors import EditError, nearest
+from torchtrim.errors import EditError, EditTooNew, nearest
 
 if TYPE_CHECKING:
     from torchtrim.edits.work import Work
@@ -64,7 +64,8 @@ class Edit:
         """The record that `to_dict` wrote, or one written by hand.
 
         Raises:
-            EditError: No such kind, a version from the future, or a key or value that does not belong; says where.
+            EditError: No such kind, or a key or value that does not belong; says where.
+            EditTooNew: A version from the future.
 
         Example:
             >>> Edit.from_dict({"kind": "cut", "after": ["layer3"]})
@@ -82,7 +83,7 @@ class Edit:
         edit_type = kinds()[kind]
         if type(version) is not int or not 1 <= version <= edit_type.version:
             newer = type(version) is int and version > edit_type.version
-            raise EditError(
+            raise (EditTooNew if newer else EditError)(
                 f"a record of {kind!r} in a form that this version does not know",
                 path="version",
                 found=version,
@@ -173,7 +174,7 @@ def from_list(items: Any) -> list[Edit]:
             found.append(item if isinstance(item, Edit) else Edit.from_dict(item))
         except EditError as error:
             where = f"edits[{index}]" + (f".{error.path}" if error.path is not None else "")
-            raise EditError(
+            raise type(error)(
                 error.message, path=where, found=error.found, expected=error.expected, hint=error.hint
             ) from error
     return found

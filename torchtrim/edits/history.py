@@ -110,7 +110,7 @@ class History:
                 entries.append(Applied.from_dict(item))
             except EditError as error:
                 where = f"entries[{index}].{error.path or 'edit'}"
-                raise EditError(
+                raise type(error)(
                     error.message, path=where, found=error.found, expected=error.expected, hint=error.hint
                 ) from error
         return History(str(data.get("origin")), None if inputs is None else dict(inputs), tuple(entries))
