@@ -13,9 +13,11 @@ from torch import nn
 
 import torchtrim as tt
 from torchtrim.edits.edit import from_json, from_yaml, json_schema, to_json, to_yaml
+from torchtrim.edits.module_spec import ModuleSpec
 from torchtrim.edits.weights import Weights
 
 X = torch.zeros(1, 3, 16, 16)
+GELU = ModuleSpec("GELU", {})
 
 
 def net() -> nn.Sequential:
@@ -162,6 +164,31 @@ def test_an_edit_that_no_longer_fits_names_the_one_that_took_its_place() -> None
     assert same(model, net()) and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     with pytest.raises(tt.PathError, match="it went away with edit 1"):
         tt.cut(tt.cut(model, X, after="0.2"), after="3")
+
+
+@pytest.mark.parametrize(
+    ("edits", "taker"),
+    [
+        ([tt.Cut(("0.2",)), tt.AttachHead(num_classes=3), tt.Remove(("0.[34]",))], "edit 1, cut"),
+        ([tt.Remove(("0.2",)), tt.Remove(("0.4",)), tt.Replace(types=("ReLU",), module=GELU)], "edit 2, remove"),
+        ([tt.Replace(types=("ReLU",), module=GELU), tt.Replace(types=("ReLU",), module=GELU)], "edit 1, replace"),
+    ],
+)
+def test_a_selection_that_fits_nothing_any_more_names_the_edit(edits: list[tt.Edit], taker: str) -> None:
+    with pytest.raises(tt.SelectionError, match=f"edit {len(edits)} of {len(edits)}.*it went away with {taker}"):
+        tt.apply(net(), X, edits)
+    with pytest.raises(tt.SelectionError) as error:
+        tt.apply(net(), X, tt.Remove(("no.*",)))
+    assert "went away" not in str(error.value)
+
+
+def test_a_glob_finds_the_edit_in_a_history_too() -> None:
+    cut = tt.cut(net(), X, after="0.2")
+    with pytest.raises(tt.SelectionError, match="it went away with edit 1, cut"):
+        tt.apply(cut, X, tt.Remove(("0.[34]",)))
+    with pytest.raises(tt.SelectionError) as error:
+        tt.apply(cut, X, tt.Remove(("0.[56]",)))
+    assert "went away" not in str(error.value)
 
 
 def test_in_place_keeps_modules_parameters_and_hooks() -> None:

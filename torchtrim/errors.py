@@ -7,7 +7,7 @@ attributes too, so that a program can act on them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class TorchTrimError(Exception):
@@ -69,7 +69,15 @@ class PathError(TorchTrimError):
 
 
 class SelectionError(TorchTrimError):
-    """A selection that is empty, or whose count is not the one expected."""
+    """A selection that is empty, or whose count is not the one expected.
+
+    Attributes:
+        what: Where nothing fits: what was selected (a path, a glob, a type, a predicate, or a list of these).
+        select: Where nothing fits: gives what does in another model.
+    """
+
+    what: object = None
+    select: Callable[..., list[str]] | None = None
 
 
 class InputError(TorchTrimError):

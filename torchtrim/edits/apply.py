@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torchtrim.edits.edit import Edit, from_list
 from torchtrim.edits.history import Applied, History, count_params, history, record
 from torchtrim.edits.module_spec import Trusted
 from torchtrim.edits.work import Work
-from torchtrim.errors import EditError, PathError, TorchTrimError
+from torchtrim.errors import EditError, PathError, SelectionError, TorchTrimError
 from torchtrim.graph.check import untrainable
 from torchtrim.graph.copying import full_copy, structural_copy, unwrap
 from torchtrim.graph.execution import inputs_from_spec
 from torchtrim.graph.inputs import ExampleInputs
+from torchtrim.graph.paths import may_lie_in
 from torchtrim.graph.reader import inputs_for
 
 Edits = Edit | History | Mapping[str, Any] | Sequence[Edit | Mapping[str, Any]]
@@ -119,7 +121,7 @@ def performed(work: Work, edits: Sequence[Edit]) -> Iterator[Step]:
     Raises:
         TorchTrimError: What the edit raises; a place that an earlier edit took away is told so.
     """
-    done = list(history(work.model).entries)
+    past = [Past(entry) for entry in history(work.model).entries]
     for number, edit in enumerate(edits, 1):
         before = structural_copy(work.model)
         work.start(before)
@@ -128,12 +130,12 @@ def performed(work: Work, edits: Sequence[Edit]) -> Iterator[Step]:
             if work.check and edit.joins:
                 _check_backward(before, work, edit)
         except TorchTrimError as error:
-            raise _explained(error, edit, number, len(edits), done) from error
+            raise _explained(error, edit, number, len(edits), past) from error
         removed = tuple(_outermost(_names(before) - _names(work.model))) + tuple(work.gone)
         checked = tuple(work.checked) or ("not checked",)
         counts = count_params(before), count_params(work.model)
         applied = Applied(resolved, *counts, tuple(work.notes), checked, removed)
-        done.append(applied)
+        past.append(Past(applied, before))
         yield Step(before, applied)
 
 
@@ -157,15 +159,21 @@ def _outermost(names: set[str]) -> list[str]:
     return sorted(name for name in names if name.rpartition(".")[0] not in names)
 
 
-def _explained(error: TorchTrimError, edit: Edit, number: int, count: int, done: list[Applied]) -> TorchTrimError:
+@dataclass(frozen=True)
+class Past:
+    """An edit that was done; with the model before it, where it was done now."""
+
+    applied: Applied
+    before: nn.Module | None = None
+
+
+def _explained(error: TorchTrimError, edit: Edit, number: int, count: int, past: list[Past]) -> TorchTrimError:
     """The error, with the number of the edit where there are several, and with what took its place away."""
     message, hint = error.message, error.hint
-    if isinstance(error, PathError) and isinstance(error.path, str):
-        wanted = error.path
-        for position, applied in enumerate(done, 1):
-            if any(_lies_in(wanted, gone) for gone in applied.removed):
-                message = f"{message}: it went away with edit {position}, {applied.edit}"
-                hint = "leave one of the two out, or do this one first"
+    position = _taken_by(error, past)
+    if position is not None:
+        message = f"{message}: it went away with edit {position}, {past[position - 1].applied.edit}"
+        hint = "leave one of the two out, or do this one first"
     if count > 1:
         message = f"edit {number} of {count}, {edit.kind}: {message}"
     told = type(error)(message, path=error.path, found=error.found, expected=error.expected, hint=hint)
@@ -173,8 +181,25 @@ def _explained(error: TorchTrimError, edit: Edit, number: int, count: int, done:
     return told
 
 
+def _taken_by(error: TorchTrimError, past: list[Past]) -> int | None:
+    """The number of the last edit that took away what an error misses."""
+    if isinstance(error, PathError) and isinstance(error.path, str):
+        wanted: list[object] = [error.path]
+    elif isinstance(error, SelectionError) and error.select is not None:
+        wanted = list(error.what) if isinstance(error.what, (list, tuple)) else [error.what]
+    else:
+        return None
+    for position, each in reversed(list(enumerate(past, 1))):
+        if isinstance(error, SelectionError) and error.select is not None and each.before is not None:
+            if error.select(each.before):  # the last one that still had it
+                return position
+        elif any(_lies_in(name, gone) for name in wanted if isinstance(name, str) for gone in each.applied.removed):
+            return position
+    return None
+
+
 def _lies_in(address: str, gone: str) -> bool:
-    return address == gone or address.startswith((f"{gone}.", f"{gone}:", f"{gone}#"))
+    return may_lie_in(address, gone) or address.startswith((f"{gone}:", f"{gone}#"))
 
 
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device)

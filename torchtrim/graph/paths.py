@@ -61,20 +61,17 @@ def find(
     model = unwrap(model)
     _check_filters(type, where, expect)
     paths = _matching(model, what)
-    kept = [
-        path
-        for path in paths
-        if (type is None or isinstance(model.get_submodule(path), type))
-        and (where is None or where(path, model.get_submodule(path)))
-    ]
+    kept = _filtered(model, paths, type, where)
     allowed = range(expect, expect + 1) if isinstance(expect, int) else expect
     if not kept and (allowed is None or 0 not in allowed):
-        raise SelectionError(
+        error = SelectionError(
             f"nothing in {model.__class__.__name__} fits {describe(what)}{_filters(type, where)}",
             found=f"{len(paths)} before the filters: {_some(paths)}" if paths else "no module",
             expected=_count(allowed) if allowed is not None else None,
             hint=nearest(what.replace("*", "").strip("."), _names(model)) if isinstance(what, str) else None,
         )
+        error.what, error.select = what, lambda other: _fitting(other, what, type, where)
+        raise error
     if allowed is not None and len(kept) not in allowed:
         raise SelectionError(
             f"{describe(what)}{_filters(type, where)} fits {len(kept)} modules",
@@ -155,6 +152,17 @@ def matches(path: str, pattern: str) -> bool:
     return _fits(path.split("."), pattern.split("."))
 
 
+def may_lie_in(pattern: str, path: str) -> bool:
+    """Whether what a glob is for is a module, or lies in it; not known (`False`) for one that begins with `**`.
+
+    Example:
+        >>> may_lie_in("layer3.*", "layer3.2"), may_lie_in("layer3.*.conv?", "layer3"), may_lie_in("**.fc", "layer3")
+        (True, True, False)
+    """
+    parts, gone = pattern.split("."), path.split(".")
+    return len(parts) >= len(gone) and "**" not in parts[: len(gone)] and _fits(gone, parts[: len(gone)])
+
+
 def is_glob(text: str) -> bool:
     """Whether a string is a glob rather than a path."""
     return any(mark in text for mark in "*?[")
@@ -174,6 +182,30 @@ def describe(what: What) -> str:
     if isinstance(what, Sequence):
         return " or ".join(describe(item) for item in what) if what else "an empty list"
     return f"predicate {getattr(what, '__name__', repr(what))}"
+
+
+def _fitting(
+    model: nn.Module, what: What, type: type[nn.Module] | tuple[type[nn.Module], ...] | None, where: Predicate | None
+) -> list[str]:
+    """`find`, without its errors."""
+    try:
+        return _filtered(model, _matching(model, what), type, where)
+    except PathError:
+        return []
+
+
+def _filtered(
+    model: nn.Module,
+    paths: list[str],
+    type: type[nn.Module] | tuple[type[nn.Module], ...] | None,
+    where: Predicate | None,
+) -> list[str]:
+    return [
+        path
+        for path in paths
+        if (type is None or isinstance(model.get_submodule(path), type))
+        and (where is None or where(path, model.get_submodule(path)))
+    ]
 
 
 def _matching(model: nn.Module, what: What) -> list[str]:
