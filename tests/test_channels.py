@@ -542,3 +542,29 @@ def test_the_model_counts_its_features(name: str, path: str, size: int) -> None:
     assert narrow.num_features == net.num_features - 2
     narrow.reset_classifier(7)
     assert narrow(x).shape == (1, 7)
+
+
+def test_a_norm_over_two_values_makes_much_of_rounding() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=5).eval()
+    net = tt.delete_channels(model, torch.randn(2, 3, 32, 32), "layer1.0.conv1", [0])
+    assert net.get_submodule("layer1.0.conv1").out_channels == 63
+
+
+@pytest.mark.parametrize(("adapter", "widths", "channel", "left"), [("auto", (4, 8), 0, 7), ("slice", (8, 4), 6, 4)])
+def test_channels_before_an_adapter(adapter: str, widths: tuple[int, int], channel: int, left: int) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    one, two = widths
+    model = nn.Sequential(nn.Conv2d(3, one, 1), nn.Conv2d(one, two, 1), nn.ReLU(), nn.Conv2d(two, 2, 1))
+    net = tt.delete_channels(tt.remove(model, x, "1", adapter=adapter), x, "0", [channel])
+    assert net[1].channels == left
+
+
+def test_the_count_of_classes_and_a_cumulative_average() -> None:
+    model = timm.create_model("test_resnet", num_classes=7)
+    net = tt.delete_channels(model, torch.randn(2, 3, 64, 64), "fc", [0], output=True)
+    assert (net.num_classes, net.fc.out_features) == (6, 6)
+    norm = nn.BatchNorm2d(8, momentum=None)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 2, 1)).eval()
+    net = tt.delete_channels(model, torch.randn(2, 3, 16, 16), "0", [0])
+    assert (net[1].num_features, net[1].momentum) == (7, None)

@@ -173,3 +173,10 @@ def test_a_plan_counts_what_is_saved() -> None:
     planned = tt.plan(model, X, FuseBatchNorm())
     assert planned.params == (3 * 4 * 9 + 8, 3 * 4 * 9 + 4)
     assert planned.steps[0].joints[0].how == "folded into '0'"
+
+
+def test_a_record_for_a_place_that_is_not_there() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    edits = tt.history(tt.fuse_batchnorm(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval(), x)).edits
+    with pytest.raises(tt.PathError):
+        tt.apply(nn.Sequential(nn.Conv2d(3, 3, 1)), x, edits)

@@ -16,6 +16,8 @@ from torchtrim.edits.apply import apply
 from torchtrim.edits.edit import Edit, from_yaml, to_yaml
 from torchtrim.edits.plan import plan
 from torchtrim.edits.remove import Remove, remove
+from torchtrim.edits.remove_place import Taken
+from torchtrim.edits.weights import Weights
 
 PICTURE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
@@ -407,3 +409,54 @@ def test_an_adapter_for_a_module_that_is_called_twice() -> None:
     net = remove(model, x, "mid", adapter=adapter)
     hidden = torch.tanh(adapter(torch.tanh(adapter(model.first(x)))))
     torch.testing.assert_close(net(x), model.last(hidden))
+
+
+@pytest.mark.parametrize("adapter", [3, True, nn.Identity])
+def test_what_is_no_adapter(adapter: Any) -> None:
+    with pytest.raises(EditError, match="an adapter is a module"):
+        remove(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4), "0", adapter=adapter)
+
+
+def test_data_without_healing() -> None:
+    with pytest.raises(EditError, match="data is for healing"):
+        remove(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4), "0", data=[torch.randn(8, 4)])
+
+
+def test_the_branch_of_a_scaled_block() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 1)
+            self.scale = nn.Parameter(torch.full((8, 1, 1), 0.1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.scale * self.conv(x)
+
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Scaled())
+    assert torch.equal(remove(model, x, "1.conv", branch=True)(x), model[0](x))
+
+
+def test_an_adapter_takes_over_mode_and_type() -> None:
+    x = torch.randn(2, 4, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 8)).double().eval()
+    adapter = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.9))
+    net = remove(model, x, "1", adapter=adapter)
+    assert torch.equal(net(x), net(x))
+    assert (adapter.training and adapter[0].weight.dtype == torch.float32) or net[1] is adapter
+    wrong = nn.Linear(5, 8)
+    with pytest.raises(EditError, match="adapter does not take"):
+        remove(model, x, "1", adapter=wrong)
+    assert wrong.training and wrong.weight.dtype == torch.float32
+
+
+def test_a_record_with_healed_values_for_another_model() -> None:
+    def made(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, 2))
+
+    record = Remove(("2",), taken=(Taken("2", "gone"),), healed=Weights({"1.weight": torch.ones(6)}))
+    assert apply(made(6), torch.randn(2, 4), [record], check=False)(torch.randn(2, 4)).shape == (2, 2)
+    with pytest.raises(EditError, match="of another model"):
+        apply(made(8), torch.randn(2, 4), [record], check=False)
+    with pytest.raises(PathError, match="went away with edit 1"):
+        apply(made(6), torch.randn(2, 4), [Remove(("1",)), record], check=False)

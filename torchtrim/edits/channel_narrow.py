@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from torchtrim.edits.adapter_layers import FitChannels
 from torchtrim.edits.channel_labels import Label, Layer, Mask, kept_indices, varying
 from torchtrim.edits.channel_trace import Flow, ModuleCall, shape_after
 from torchtrim.edits.work import Work
@@ -214,6 +215,8 @@ def _from_call(module: nn.Module, call: ModuleCall, gone: Mask) -> None:
         module.unflattened_size = tuple(after[axis : axis + len(tuple(module.unflattened_size))])
     elif isinstance(module, nn.modules.conv._ConvNd):
         module.groups = _parts_left(shape, label, module.groups, gone)
+    elif isinstance(module, FitChannels):
+        module.channels = after[module.dim]
     elif isinstance(module, nn.GroupNorm):
         module.num_groups = _parts_left(shape, label, module.num_groups, gone)
 
@@ -246,3 +249,6 @@ def _features(model: nn.Module, order: list[str], calls: dict[str, ModuleCall], 
     for name in ("num_features", "head_hidden_size", "embed_dim"):
         if width is not None and model.__dict__.get(name) == width[0]:
             model.__dict__[name] = width[1]
+    classes = _width(*calls[last].outputs[0], gone) if calls[last].outputs else None
+    if classes is not None and model.__dict__.get("num_classes") == classes[0]:
+        model.__dict__["num_classes"] = classes[1]

@@ -346,6 +346,9 @@ def _run_once(model: nn.Module, inputs: Inputs, follower: _Follower, tensors: di
 def _fake_twin(model: nn.Module, fake: Fakes, tensors: dict[int, Label], follower: _Follower, hooks: bool) -> nn.Module:
     """The modules with fake tensors in place of parameters and buffers, all on the CPU, where operators are plain."""
     twin = structural_copy(model, user_hooks=hooks)
+    for module in twin.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
+            module.momentum = 0.1  # else it asks for the number of batches that it has seen; shapes are the same
     memo: dict[int, Any] = {}
     with fake:
         for held in (*twin.parameters(), *twin.buffers()):

@@ -19,7 +19,7 @@ from torchtrim.errors import CheckFailed, EditError, InputError
 from torchtrim.graph import check as checks
 from torchtrim.graph.copying import is_meta, unwrap
 from torchtrim.graph.inputs import ExampleInputs
-from torchtrim.graph.paths import What, find
+from torchtrim.graph.paths import What, find, resolve
 
 
 def fuse_batchnorm(
@@ -95,7 +95,7 @@ class FuseBatchNorm(Edit):
         model = work.model
         names = {module: path for path, module in model.named_modules()}  # a shared one by its first name
         asked = [norm for norm, _ in self.folded] or list(find(model, "**" if self.paths is None else self.paths))
-        asked = [names[model.get_submodule(path)] for path in asked]
+        asked = [names[resolve(model, path)] for path in asked]
         norms = [path for path in asked if is_norm(model.get_submodule(path))]
         given = set(self.paths or ()) | {norm for norm, _ in self.folded}
         for path in [path for path in asked if path in given and path not in norms]:

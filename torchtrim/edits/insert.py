@@ -74,6 +74,9 @@ def insert(
         >>> list(insert(net, torch.zeros(1, 4), nn.Dropout(0.2), after="1")._modules)
         ['0', '1', 'dropout', '2']
     """
+    for which, address in (("after", after), ("before", before)):
+        if address is not None and not isinstance(address, str):
+            raise EditError("one address is needed", path=which, found=address, expected="a path")
     model = unwrap(model)
     _refuse_own(module, model)
     edit = Insert(ModuleSpec.of(module), after, before, name, index)

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from torchtrim.errors import EditError, MissingDependency, nearest
+from torchtrim.errors import EditError, EditUntrusted, MissingDependency, nearest
 
 Trusted: TypeAlias = "Collection[str] | Mapping[str, Callable[..., nn.Module] | nn.Module]"
 
@@ -58,7 +58,7 @@ def class_of(name: str, trusted: Trusted = ()) -> Callable[..., nn.Module] | nn.
     module, _, attribute = name.partition(":")
     named = not isinstance(trusted, (str, Mapping)) and name in trusted
     if not named and (not _NAME.fullmatch(name) or not _within(module, _PACKAGES)):
-        raise EditError(
+        raise EditUntrusted(
             "a class that a record may not name",
             path=name,
             expected="a layer of torch.nn, torchtrim, timm or torchvision",
@@ -112,7 +112,7 @@ def _of_torch(name: str) -> type[nn.Module]:
         "torch.nn has no such class of modules",
         path=name,
         expected="a class of torch.nn, or 'module:name'",
-        hint=nearest(short, layers),
+        hint=next((key for key in layers if key.lower() == short.lower()), None) or nearest(short, layers),
     )
 
 

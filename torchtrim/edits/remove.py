@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -13,7 +14,8 @@ from torchtrim.edits.apply import run
 from torchtrim.edits.edit import Edit
 from torchtrim.edits.heal import composed, fit, seams_of
 from torchtrim.edits.module_spec import ModuleSpec
-from torchtrim.edits.remove_adapters import EVERY, adapters_for
+from torchtrim.edits.placing import kept_if_it_fails
+from torchtrim.edits.remove_adapters import EVERY, adapters_for, mode_of
 from torchtrim.edits.remove_branch import take_branches_out
 from torchtrim.edits.remove_check import Reference, assign
 from torchtrim.edits.remove_place import Taken, take_out, ways
@@ -24,7 +26,7 @@ from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import CheckFailed, EditError, TorchTrimError, TraceError
 from torchtrim.graph.copying import has_function_hooks, structural_copy, unwrap
 from torchtrim.graph.inputs import ExampleInputs, Inputs
-from torchtrim.graph.paths import Predicate, select
+from torchtrim.graph.paths import Predicate, resolve, select
 
 Paths = str | type[nn.Module] | Predicate | Sequence[str | type[nn.Module] | Predicate]
 Adapter = str | nn.Module | Mapping[str, nn.Module] | None
@@ -55,6 +57,13 @@ class Remove(Edit):
 
     def perform(self, work: Work) -> Edit:
         """Do it on `work.model`; returns the record with what was decided."""
+        with ExitStack() as kept:
+            for spec in self.adapters.values():
+                if spec.live is not None:
+                    kept.enter_context(kept_if_it_fails(spec.live))
+            return self._performed(work)
+
+    def _performed(self, work: Work) -> Edit:
         if not self.paths:
             raise EditError("nothing to remove", path="paths", found=self.paths, expected="a path, or several")
         if self.branch and (self.heal is not None or self.adapters):
@@ -166,9 +175,14 @@ def remove(
     kind = adapter if isinstance(adapter, str) or adapter is None else "auto"
     given = {EVERY: adapter} if isinstance(adapter, nn.Module) else adapter
     given = given if isinstance(given, Mapping) else {}
-    for address, module in given.items():
+    modules = dict(given) if given or kind is None or isinstance(adapter, (str, Mapping)) else {"adapter": adapter}
+    for address, module in modules.items():
         if not isinstance(module, nn.Module):
-            raise EditError("an adapter is a module", path=address, found=type(module).__name__)
+            name = module.__name__ if isinstance(module, type) else ""
+            hint = f"{name}()" if name else None
+            raise EditError("an adapter is a module, a name, or None", path=address, found=repr(module), hint=hint)
+    if data is not None and heal is None:
+        raise EditError("data is for healing, and none is asked for", path="data", hint="heal='auto'")
     specs = {address: ModuleSpec.of(module) for address, module in given.items()}
     edit = Remove(_spelled(unwrap(model), paths), kind, specs, branch, heal)
     return run(model, example_inputs, [edit], copy=copy, check=check, data=data)
@@ -194,8 +208,16 @@ def _finish(
     take_out(work, taken, adapters, rooms)
     for name, tensor in weights.items():
         owner, _, key = name.rpartition(".")
-        module = work.model.get_submodule(owner)
-        work.reshape(module, key, tensor.to(device=module.get_parameter(key).device))
+        module = resolve(work.model, owner)
+        old = module._parameters.get(key)
+        if old is None or old.shape != tensor.shape:
+            raise EditError(
+                "the healed values are those of another model",
+                path=name,
+                found="no parameter" if old is None else list(old.shape),
+                expected=list(tensor.shape),
+            )
+        work.reshape(module, key, tensor.to(device=old.device))
 
 
 def _that_works(
@@ -258,6 +280,9 @@ def _healed(
     healing = fit(original, build, seams, data=work.data, inputs=work.inputs, method=method)
     work.notes += healing.notes
     adapters = composed(adapters, healing.adapters)
+    for each in runs:
+        if each.address in healing.adapters:
+            adapters[each.address].train(mode_of(work, each))
     _that_works(work, runs, adapters, [taken], healing.weights, rooms)
     return adapters, healing.weights
 

@@ -11,9 +11,11 @@ from torch import nn
 from torchtrim.edits.adapter import KINDS, Shape, adapter_for, layout_of
 from torchtrim.edits.calls import run_copy
 from torchtrim.edits.module_spec import ModuleSpec
+from torchtrim.edits.placing import fit
 from torchtrim.edits.remove_runs import Run, at_batch
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError
+from torchtrim.graph.copying import full_copy
 from torchtrim.graph.inputs import Inputs
 
 EVERY = "*"  # the adapter of every joint
@@ -42,7 +44,7 @@ def adapters_for(
     found: dict[str, nn.Module] = {}
     shapes: dict[str, tuple[Shape, Shape] | None] = {}
     every = given.get(EVERY)
-    module = None if every is None else work.module(every)
+    module = None if every is None else _own(work, every)
     for run in runs:
         spec = given.get(run.address)
         wanted = None if run.fits and spec is None and every is None else (run.first.before, run.last.after)
@@ -57,12 +59,17 @@ def adapters_for(
             continue
         shapes[run.address] = wanted
         if spec is not None:
-            found[run.address] = _fitting(run, work.module(spec))
+            found[run.address] = _fitting(work, run, _own(work, spec))
         elif module is not None:
-            found[run.address] = _fitting(run, copy.deepcopy(module) if found else module)
+            found[run.address] = _fitting(work, run, copy.deepcopy(module) if found else module)
         elif wanted is not None:
             found[run.address] = _made(work, run, kind)
     return found
+
+
+def _own(work: Work, spec: ModuleSpec) -> nn.Module:
+    module = work.module(spec)
+    return full_copy(module) if work.planning and module is spec.live else module
 
 
 def _made(work: Work, run: Run, kind: str | None) -> nn.Module:
@@ -96,12 +103,17 @@ def _made(work: Work, run: Run, kind: str | None) -> nn.Module:
     reference = next((held for held in work.model.parameters() if held.is_floating_point()), None)
     if reference is not None:
         adapter.to(device=reference.device, dtype=reference.dtype)
-    adapter.train(run.modules[0].training if run.modules else work.model.training)
-    return adapter
+    return adapter.train(mode_of(work, run))
 
 
-def _fitting(run: Run, module: nn.Module) -> nn.Module:
+def mode_of(work: Work, run: Run) -> bool:
+    """Whether a run is in train mode: what takes its place is too."""
+    return run.modules[0].training if run.modules else work.model.training
+
+
+def _fitting(work: Work, run: Run, module: nn.Module) -> nn.Module:
     """A user's adapter, which makes the right shape out of the shape it gets."""
+    fit(module, work.model, mode_of(work, run))
     outputs: list[object] = []
     device = next((held.device for held in module.parameters()), torch.device("cpu"))
     value = torch.zeros(run.first.before, dtype=run.first.types[0], device=device)

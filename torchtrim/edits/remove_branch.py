@@ -149,16 +149,20 @@ def _merge_of(work: Work, address: str) -> Merge | None:
 
 
 def _merge(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """The first call after a node that all its ways go through and that another value comes to as well."""
+    """The first call after a node that all its ways go through and that another value comes to as well.
+
+    One that does not depend on the inputs (the scale of a layer) is no other value.
+    """
     reached = _reached(node)
     nodes: list[fx.Node] = list(graph.nodes)
+    varying = {each for one in nodes if one.op == "placeholder" for each in _reached(one)}
     for each in nodes:
         if each not in reached or each is node or each.target in GUARDS or each.op == "output":
             continue
         if nodes[-1] in _reached(node, without=each):
             continue
         inside = [operand for operand in each.all_input_nodes if operand in reached]
-        outside = [operand for operand in each.all_input_nodes if operand not in reached]
+        outside = [operand for operand in each.all_input_nodes if operand in varying - reached]
         two = function_name(each.target) in _NEUTRAL and len(each.args) == 2 and len(inside) == 1
         if outside and (two or each.target in _CATS):
             return each

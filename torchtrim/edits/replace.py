@@ -170,7 +170,9 @@ class Replace(Edit):
         def fits(_path: str, module: nn.Module) -> bool:
             return not self.types or any(_is_named(kind, name) for kind in type(module).__mro__ for name in self.types)
 
-        return [*(find(model, selected, where=fits) if selected else ()), *calls]
+        fits.__name__ = f"its type is {' or '.join(self.types)}"
+        where = fits if self.types else None
+        return [*(find(model, selected, where=where) if selected else ()), *calls]
 
     def _new(self, work: Work, where: Address) -> tuple[nn.Module, ModuleSpec] | None:
         """What a place gets, and the record of it."""
