@@ -551,3 +551,31 @@ def test_none_among_what_a_child_returns() -> None:
     model = Asks()
     assert [node.address for node in tt.trace(model, X)][1:] == ["first.layer", "second.layer", "last"]
     assert torch.equal(tt.cut(model, X, after="last")(X), model(X))
+
+
+class Masked(nn.Module):
+    """A forward that makes its own mask where none is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 24)
+        self.o = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        q, k, v = self.q(x).chunk(3, -1)
+        if mask is None:
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        return self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_argument_that_was_given_is_expected_ever_after(given: bool) -> None:
+    model, x, mask = Masked().eval(), torch.randn(3, 5, 8), torch.ones(5, 5, dtype=torch.bool)
+    ways = {True: (x, mask), False: (x,)}
+    net = tt.insert(model, ways[given], nn.Identity(), before="o")
+    assert torch.equal(net(*ways[given]), model(*ways[given]))
+    with pytest.raises(tt.GuardError, match="mask"):
+        net(*ways[not given])
+    # Before the mask is used it does not matter.
+    cut = tt.cut(model, ways[given], after="q")
+    assert torch.equal(cut(x), model.q(x))

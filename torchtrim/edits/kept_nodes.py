@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from torchtrim.errors import EditError
-from torchtrim.graph.guards import GUARDS, expect_argument, expect_structure
+from torchtrim.graph.guards import GUARDS, expect_argument, expect_given, expect_structure
 from torchtrim.graph.reader import Frame, Site, pair_nodes
 from torchtrim.graph.reading import IN_PLACE_OPERATORS
 from torchtrim.graph.structure import leaves
@@ -105,7 +105,7 @@ class Plan:
             if node.op == "placeholder":
                 parts: set[Any] | None = set()
                 for user in node.users:
-                    if user not in self.kept or user.target in (expect_argument, expect_structure):
+                    if user not in self.kept or user.target in (expect_argument, expect_structure, expect_given):
                         continue
                     if node not in leaves(self.arguments(user), fx.Node):
                         continue

@@ -19,7 +19,7 @@ from torchtrim.edits.work import Work
 from torchtrim.errors import EditError, PathError, TraceError
 from torchtrim.graph.copying import kept_random_state, paused_collection, structural_copy
 from torchtrim.graph.fakes import Fakes
-from torchtrim.graph.guards import GUARDS
+from torchtrim.graph.guards import GUARDS, expect, expect_argument, expect_given
 from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.opened import opened
 from torchtrim.graph.opening import read_forward
@@ -222,7 +222,7 @@ def _copy_of(source: fx.Graph, twins: dict[fx.Node, fx.Node], path: str) -> fx.G
     graph = fx.Graph()
     for node in source.nodes:
         twins[node] = graph.node_copy(node, twins.__getitem__)
-        position = {GUARDS[0]: 3, GUARDS[1]: 2}.get(node.target)
+        position = {expect: 3, expect_argument: 2, expect_given: 1}.get(node.target)
         if position is not None:
             twins[node].update_arg(position, path)
     return graph

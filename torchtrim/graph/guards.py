@@ -56,6 +56,22 @@ def expect_argument(value: Any, expected: Any, where: str, name: str) -> None:
         )
 
 
+def expect_given(value: Any, where: str, name: str) -> None:
+    """Raise unless an argument that was given when the module was read is given.
+
+    Raises:
+        GuardError: It is left out.
+    """
+    if value is None:
+        raise GuardError(
+            f"argument {name!r} was given when this module was opened",
+            path=where or "the model",
+            found="None",
+            expected="a tensor",
+            hint=f"edit the original again without {name!r} in the example inputs",
+        )
+
+
 def structure(value: Any) -> Any:
     """How an argument is built: the keys of dicts and the lengths of lists, all the way down.
 
@@ -87,4 +103,4 @@ def expect_structure(value: Any, expected: Any, name: str) -> None:
         )
 
 
-GUARDS = (expect, expect_argument, expect_structure)
+GUARDS = (expect, expect_argument, expect_structure, expect_given)

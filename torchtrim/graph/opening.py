@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.node import base_types
 
 from torchtrim.errors import TraceError
-from torchtrim.graph.guards import concrete, expect, expect_argument, expect_structure, structure
+from torchtrim.graph.guards import concrete, expect, expect_argument, expect_given, expect_structure, structure
 from torchtrim.graph.interception import intercepted, isinstance_of_proxies
 from torchtrim.graph.leftovers import forget_proxies, kept_state, python_random
 from torchtrim.graph.proxies import ReadingProxy, expression
@@ -254,6 +254,8 @@ class _Tracer(fx.Tracer):
         proxy = self.create_proxy("placeholder", parameter.name, default, {})
         self.reading.given[proxy.node] = value
         if leaves(value, Value):
+            if parameter.default is None:
+                self.create_proxy("call_function", expect_given, (proxy, self.reading.path, parameter.name), {})
             if not self.reading.path and not isinstance(value, Value):
                 self.record(expect_structure, (proxy, structure(value), parameter.name), {})
             return _unpacked(value, proxy)
