@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,9 +14,13 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import torchtrim as tt
+from torchtrim.edits.channel_check import _alike_in_double
+from torchtrim.edits.channel_trace import follow
 from torchtrim.edits.channels import DeleteChannels, delete_channels
 from torchtrim.edits.edit import Edit, from_json, to_json
 from torchtrim.errors import EditError, PathError, SelectionError, TorchTrimError
+from torchtrim.graph.check import variants
+from torchtrim.graph.inputs import Inputs
 
 
 class Residual(nn.Module):
@@ -551,7 +556,23 @@ def test_a_norm_over_two_values_makes_much_of_rounding() -> None:
     assert net.get_submodule("layer1.0.conv1").out_channels == 63
 
 
-@pytest.mark.parametrize(("adapter", "widths", "channel", "left"), [("auto", (4, 8), 0, 7), ("slice", (8, 4), 6, 4)])
+def test_a_wrong_model_is_as_wrong_in_double_precision() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=5)
+    inputs = Inputs.of(torch.randn(2, 3, 32, 32))
+    flow = follow(model, inputs)
+    none, train = np.zeros(flow.channels.count, dtype=bool), variants(inputs)[1]
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.get_submodule("layer4.1.bn2").weight[3] += 0.01
+    assert _alike_in_double(model, copy.deepcopy(model), train, flow.runs[1], none)
+    assert not _alike_in_double(model, wrong, train, flow.runs[1], none)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "widths", "channel", "left"),
+    [("auto", (4, 8), 0, 7), ("slice", (8, 4), 0, 3), ("slice", (8, 4), 6, 4)],
+)
 def test_channels_before_an_adapter(adapter: str, widths: tuple[int, int], channel: int, left: int) -> None:
     x = torch.randn(2, 3, 16, 16)
     one, two = widths
@@ -568,3 +589,20 @@ def test_the_count_of_classes_and_a_cumulative_average() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 2, 1)).eval()
     net = tt.delete_channels(model, torch.randn(2, 3, 16, 16), "0", [0])
     assert (net[1].num_features, net[1].momentum) == (7, None)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layers: int, both: bool) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(6, 5, layers, batch_first=True, bidirectional=both, proj_size=3)
+        self.head = nn.Linear(6 if both else 3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+@pytest.mark.parametrize(("layers", "both"), [(1, False), (2, False), (2, True)])
+def test_a_recurrent_layer_with_a_projection(layers: int, both: bool) -> None:
+    net = tt.delete_channels(Recurrent(layers, both), torch.randn(2, 7, 6), "rnn", [0])
+    assert (net.rnn.hidden_size, net.rnn.proj_size) == (5, 2)
+    assert net.head.in_features == (4 if both else 2)

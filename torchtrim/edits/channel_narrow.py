@@ -161,6 +161,8 @@ def _from_weights(module: nn.Module) -> None:
         read, kept = (module._parameters[f"weight_{each}_l0"] for each in ("ih", "hh"))
         if read is not None and kept is not None:
             module.input_size, module.hidden_size = read.shape[1], kept.shape[0] // _gates(module)
+            module.proj_size = kept.shape[1] if module.proj_size else 0
+            module.proj_size = kept.shape[1] if module.proj_size else 0
     elif isinstance(module, nn.RNNCellBase):
         module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
     elif not isinstance(weight, torch.Tensor):
