@@ -324,3 +324,19 @@ def test_scale_channels_exports() -> None:
         layer.weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
     assert layer(torch.ones(1, 2, 3)).tolist() == [[[1.0, 2.0, 3.0]] * 2]
     assert tt.ModuleSpec.of(layer).recorded().build()(torch.ones(1, 1, 3)).tolist() == [[[1.0, 2.0, 3.0]]]
+
+
+def test_what_cannot_be_healed_towards() -> None:
+    net = cnn()
+    last = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)][-1]
+    with pytest.raises(tt.EditError, match="nothing to heal towards"):
+        tt.remove(net, batches(3, 10, 10)[0], last, heal="linear", data=batches(3, 10, 10))
+
+
+def test_data_that_the_model_refuses() -> None:
+    net, data = cnn(), batches(3, 10, 10)
+    for wrong in ([torch.cat([one, one], 1) for one in data], [one.double() for one in data]):
+        with pytest.raises(tt.InputError, match="does not take the data"):
+            tt.remove(net, data[0], "1.1", heal="linear", data=wrong)
+    with pytest.raises(tt.InputError, match="none of the forward's arguments"):
+        tt.remove(net, data[0], "1.1", heal="linear", data=[{"image": one} for one in data])

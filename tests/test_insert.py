@@ -340,3 +340,11 @@ def test_the_module_is_as_it_was_where_it_does_not_fit() -> None:
 def test_a_name_is_one_that_source_can_hold(name: str) -> None:
     with pytest.raises(tt.EditError, match="not a name"):
         tt.insert(nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4), nn.ReLU(), after="0", name=name)
+
+
+def test_one_object_cannot_be_put_in_twice() -> None:
+    module, model = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    edits = [Insert(tt.ModuleSpec.of(module), after=after) for after in ("0", "1")]
+    for check in (True, False):
+        with pytest.raises(tt.EditError, match="part of the model"):
+            tt.apply(model, torch.randn(2, 4), edits, check=check)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torchtrim.errors import InputError
+from torchtrim.graph.copying import kept_random_state, structural_copy
 from torchtrim.graph.inputs import Inputs
 
 _ROWS = 16  # in one piece: bounds the memory of a step, whatever the size of a batch
@@ -67,7 +68,10 @@ class Calibration:
         found = Calibration(data, model, example)
         count = 0
         for batch in data:
-            count += arguments_of(batch, model, example).batch
+            inputs = arguments_of(batch, model, example)
+            if count == 0:
+                _try(model, inputs.map(found._on_device), example)
+            count += inputs.batch
             if count >= _LEAST:
                 return found
         raise InputError(
@@ -102,6 +106,21 @@ class Calibration:
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to(self.example.tensors[0].device)
+
+
+def _try(model: nn.Module, inputs: Inputs, example: Inputs) -> None:
+    """Run a model on the first rows of the data."""
+    twin = structural_copy(model, own_buffers=True, user_hooks=False).eval()
+    try:
+        with torch.no_grad(), kept_random_state():
+            inputs.with_batch(1).call(twin)
+    except Exception as error:  # whatever the user's model raises: it does not take these inputs
+        raise InputError(
+            f"the model does not take the data: {type(error).__name__}: {error}",
+            path="data",
+            found=inputs.describe(),
+            expected=example.describe(),
+        ) from error
 
 
 def _taken(inputs: Inputs, rows: list[int], size: int) -> Inputs:
@@ -139,6 +158,13 @@ def arguments_of(batch: Any, model: nn.Module, example: Inputs) -> Inputs:
             known = {name: value for name, value in batch.items() if not example.kwargs or name in example.kwargs}
         else:
             known = {name: value for name, value in batch.items() if name in parameters}
+        if not known:
+            raise InputError(
+                "a batch holds none of the forward's arguments",
+                path="data",
+                found=list(batch),
+                expected=list(example.kwargs or parameters),
+            )
         return Inputs.of(known)
     if isinstance(batch, (tuple, list)) and batch:
         first = example.args[0] if example.args else None

@@ -68,6 +68,14 @@ class Judge:
             for piece, outputs in self.held:
                 found = outputs_of(model, piece)
                 for name, right in outputs.items():
+                    if name not in found or found[name].shape != right.shape:
+                        raise EditError(
+                            "the model returns another shape without it: there is nothing to heal towards",
+                            path=name,
+                            found=list(found[name].shape) if name in found else "nothing",
+                            expected=list(right.shape),
+                            hint="heal=None, or an adapter",
+                        )
                     difference = (found[name].double() - right.double()).square().sum()
                     total[name] = total.get(name, 0.0) + float(difference)
                     count[name] = count.get(name, 0) + right.numel()

@@ -15,8 +15,9 @@ from torchtrim.edits.apply import run
 from torchtrim.edits.calls import callers, run_copy
 from torchtrim.edits.edit import Edit, decided
 from torchtrim.edits.insert_check import check_insertion
+from torchtrim.edits.kept_module import kept_if_it_fails
 from torchtrim.edits.module_spec import ModuleSpec
-from torchtrim.edits.placing import fit, kept_if_it_fails, put_before, put_behind, put_behind_whole
+from torchtrim.edits.placing import fit, put_before, put_behind, put_behind_whole
 from torchtrim.edits.rewire import Room, open_room
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import EditError, InputError, PathError
@@ -145,6 +146,7 @@ class Insert(Edit):
         module = work.module(spec)
         if work.planning and module is spec.live:
             module = full_copy(module)
+        _refuse_own(module, work.model)
         with kept_if_it_fails(module):
             return self._performed(work, where, module, spec.recorded())
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,22 +35,6 @@ def fit(module: nn.Module, model: nn.Module, training: bool) -> None:
             module.to(device=held[0].device, dtype=held[0].dtype if convert else None)
     if module.training != training:
         module.train(training)
-
-
-@contextmanager
-def kept_if_it_fails(module: nn.Module) -> Iterator[None]:
-    """Give a module its own values, type and mode back where what is done with it raises."""
-    values = [(held, held.data) for held in module.parameters()]
-    others = [(each, each.training, dict(each._buffers)) for each in module.modules()]
-    try:
-        yield
-    except BaseException:
-        for held, value in values:
-            held.data = value
-        for each, training, buffers in others:
-            each.training = training
-            each._buffers.update(buffers)
-        raise
 
 
 def tensors_in(value: Structure) -> list[torch.Tensor]:

@@ -13,8 +13,8 @@ from torch import nn
 from torchtrim.edits.apply import run
 from torchtrim.edits.edit import Edit
 from torchtrim.edits.heal import composed, fit, seams_of
+from torchtrim.edits.kept_module import kept_if_it_fails
 from torchtrim.edits.module_spec import ModuleSpec
-from torchtrim.edits.placing import kept_if_it_fails
 from torchtrim.edits.remove_adapters import EVERY, adapters_for, mode_of
 from torchtrim.edits.remove_branch import take_branches_out
 from torchtrim.edits.remove_check import Reference, assign
