@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -345,6 +346,71 @@ def test_what_is_frozen_stays_frozen_through_train(factory: Any, tmp_path: Path)
     assert not again.norm.training and again.layers.training
     tt.unfreeze(again)
     assert again.train().norm.training and not given.train().norm.training and not net.train().norm.training
+
+
+class Configured(nn.Module):
+    """Attributes of every sort."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.cfg = SimpleNamespace(scale=1.0, act=torch.relu)
+        self.skip = {"a"}
+        self.opt: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * getattr(self, "extra", 1.0) + (0 if self.opt is None else self.opt)
+
+
+@pytest.mark.parametrize("factory", [Configured, False])
+def test_attributes_added_by_hand_are_kept(factory: Any, tmp_path: Path) -> None:
+    net = Configured()
+    net.extra, net.opt, net.fc.mark = 3.0, torch.tensor(2.0), torch.tensor(1)
+    save(net, tmp_path / "net.trim", factory=factory)
+    again = load(tmp_path / "net.trim", model=None if factory else Configured(), trusted=[f"{HERE}:Configured"])
+    assert_same(net, again, torch.randn(2, 3))
+    assert again.extra == 3.0 and torch.equal(again.fc.mark, net.fc.mark)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda net: setattr(net.cfg, "scale", 2.0), "cfg"),
+        (lambda net: net.skip.add("b"), "skip"),
+    ],
+)
+def test_attributes_that_a_file_cannot_hold_are_told(change: Any, name: str, tmp_path: Path) -> None:
+    net = Configured()
+    save(net, tmp_path / "net.trim", factory=Configured)
+    change(net)
+    with pytest.warns(TorchTrimWarning, match=f"not saved: {name}$"):
+        save(net, tmp_path / "net.trim", factory=Configured)
+    net.fc.forward = lambda x: x
+    with pytest.raises(CheckpointMismatch, match="is set on the instance"):
+        save(net, tmp_path / "net.trim", factory=Configured)
+
+
+class Scale(nn.Module):
+    """Nobody can tell its argument from it."""
+
+    def __init__(self, by: float = 1.0) -> None:
+        super().__init__()
+        self.twice = by * 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.twice
+
+
+def test_a_class_of_one_s_own_in_an_edit_must_be_trusted(tmp_path: Path) -> None:
+    net, x = tt.insert(small().eval(), torch.randn(1, 3, 9, 9), Scale(5.0), after="0"), torch.randn(2, 3, 9, 9)
+    save(net, tmp_path / "net.trim")
+    with pytest.raises(CheckpointUntrusted, match="Scale"):
+        load(tmp_path / "net.trim", model=small())
+    assert_same(net, load(tmp_path / "net.trim", model=small(), trusted={f"{HERE}:Scale": Scale}), x)
+    with pytest.raises(tt.EditError, match=r"the class alone does not make it.*a function"):
+        tt.apply(small(), x, tt.history(net), trusted={f"{HERE}:Scale": Scale})
+    made = {f"{HERE}:Scale": lambda: Scale(5.0)}
+    assert torch.equal(tt.apply(net, x, tt.history(net), trusted=made)[1](x), x * 10)
 
 
 @pytest.mark.parametrize(

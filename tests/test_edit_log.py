@@ -182,6 +182,27 @@ def test_a_selection_that_fits_nothing_any_more_names_the_edit(edits: list[tt.Ed
     assert "went away" not in str(error.value)
 
 
+def test_what_is_edited_in_inference_mode_can_be_trained() -> None:
+    model = net()
+    with torch.inference_mode():
+        x = torch.ones(1, 3, 16, 16)
+        heads = [tt.attach_head(tt.remove(model, given, "0.4"), given, num_classes=3) for given in (X, x)]
+    for result in heads:
+        result(X).sum().backward()
+        assert all(parameter.grad is not None for parameter in result.parameters())
+
+
+def test_a_list_that_fails_gives_the_users_module_back() -> None:
+    given = nn.Conv2d(8, 8, 1)
+    edits = [tt.Insert(ModuleSpec.of(given), after="0.2", name="mine"), tt.DeleteChannels({"0.mine": (0,)})]
+    assert tt.apply(net(), X, edits)[0].mine.out_channels == 7
+    given = nn.Conv2d(8, 8, 1)
+    edits[0] = tt.Insert(ModuleSpec.of(given), after="0.2", name="mine")
+    with pytest.raises(tt.PathError):
+        tt.apply(net(), X, [*edits, tt.Remove(("nope",))])
+    assert given.weight.shape == (8, 8, 1, 1) and given.out_channels == 8
+
+
 def test_a_glob_finds_the_edit_in_a_history_too() -> None:
     cut = tt.cut(net(), X, after="0.2")
     with pytest.raises(tt.SelectionError, match="it went away with edit 1, cut"):

@@ -151,7 +151,11 @@ def refuse_later(path: Path, wrote: Any, error: Exception | None = None) -> None
     """
     if isinstance(error, EditTooNew) or _numbers(wrote) > _numbers(__version__):
         raise CheckpointTooNew(
-            "written by a later version", path=path, found=str(wrote)[:20], expected=__version__, hint="a newer torchtrim"
+            "written by a later version",
+            path=path,
+            found=str(wrote)[:20],
+            expected=__version__,
+            hint="a newer torchtrim",
         ) from error
 
 

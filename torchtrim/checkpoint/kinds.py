@@ -44,7 +44,10 @@ def compare_kinds(net: nn.Module, saved: Mapping[str, str]) -> None:
         CheckpointMismatch: Names the first such module.
     """
     found = kinds_of(net)
+    paths = {name for name, _ in net.named_modules(remove_duplicate=False)}
     for name, kind in saved.items():
+        if name not in paths:
+            raise CheckpointMismatch("is not in the model that was given", path=name, expected=kind)
         if name in found and found[name] != kind and not (kind + found[name]).count(_FORWARD):
             raise CheckpointMismatch(
                 "has another class than in the model that was saved", path=name, found=found[name], expected=kind

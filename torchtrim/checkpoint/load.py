@@ -132,7 +132,7 @@ def _loaded(
     state = _state(document, read, device)
     put(net, state)
     set_loose(net, {name.removeprefix("loose."): read[name].to(device) for name in names["loose"]})
-    set_plain(net, _settings(document.settings), strict=document.factory is not None)
+    set_plain(net, _settings(document.settings))
     set_modes(net, document.training, document.held)
     write_history(net, past)
     if factory is not None:

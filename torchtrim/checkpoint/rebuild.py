@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torchtrim.checkpoint.origin import Factory
 from torchtrim.edits.apply import run
 from torchtrim.edits.history import History, history
 from torchtrim.edits.module_spec import Trusted
+from torchtrim.edits.module_types import is_open_class
 from torchtrim.errors import CheckpointError, CheckpointMismatch, CheckpointUntrusted, EditUntrusted, TorchTrimError
 from torchtrim.graph.copying import kept_random_state, paused_collection, structural_copy
 from torchtrim.graph.execution import inputs_from_spec
@@ -107,7 +110,17 @@ def _elements(spec: Any) -> int:
 
 
 def _classes(trusted: Trusted) -> Trusted:
+    """As edits take it; a class of the user's may be called without the arguments that a record does not know.
+
+    What it makes so is brought to what was saved: its tensors and its plain attributes are in the file.
+    """
+    if isinstance(trusted, Mapping):
+        return {name: partial(make) if _is_own(make) else make for name, make in trusted.items()}
     return [trusted] if isinstance(trusted, str) else trusted
+
+
+def _is_own(make: Any) -> bool:
+    return isinstance(make, type) and not is_open_class(make)
 
 
 def placed(tensor: torch.Tensor, strides: list[int] | None, device: torch.device) -> torch.Tensor:

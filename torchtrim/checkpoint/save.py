@@ -19,7 +19,7 @@ from torchtrim.checkpoint.optimizer import described
 from torchtrim.checkpoint.origin import Factory, remembered
 from torchtrim.checkpoint.plain import to_plain
 from torchtrim.checkpoint.rebuild import rebuilt
-from torchtrim.checkpoint.settings import compare, differences, loose_tensors, modes_of, plain_attributes
+from torchtrim.checkpoint.settings import compare, differences, loose_tensors, modes_of, plain_attributes, unwritten
 from torchtrim.checkpoint.tensors import state_of
 from torchtrim.checkpoint.zoo import guesses
 from torchtrim.edits.history import history
@@ -42,7 +42,8 @@ def save(
     their own types; the tensors of the records; and, as JSON in the header, the history, what is tied, what takes no
     gradient, the training flags, what `freeze` holds, and plain attributes set by hand (a dropout's `p`). Without a
     factory all plain attributes are written, and enough of the code to notice another model at `load`. Not kept:
-    gradients, hooks (a warning says where there are some), the random state.
+    gradients, the random state, hooks, and attributes set by hand that are other objects (a warning says where there
+    are some of these two).
 
     Before anything is written the model is made again from `factory` and its history, without weights, and compared:
     names, classes, shapes, the forwards of opened modules. The file is written beside its place, flushed to the disk,
@@ -83,6 +84,8 @@ def save(
     state = state_of(net)
     made, reference = _origin(net, factory)
     _warn_of_hooks(net, reference)
+    if reference is not None:
+        _warn_of_lost(unwritten(net, reference))
     settings = plain_attributes(net) if reference is None else differences(net, reference)
     loose = loose_tensors(net, reference)
     part, moments = described(optimizer, net) if optimizer is not None else (None, {})
@@ -174,6 +177,12 @@ def _warn_of_hooks(net: nn.Module, reference: nn.Module | None) -> None:
     lost = [name or "the model itself" for name, module in net.named_modules() if _hooks(module) > others.get(name, 0)]
     if lost:
         warnings.warn(TorchTrimWarning(f"hooks are not saved: those of {', '.join(lost[:5])}"), stacklevel=3)
+
+
+def _warn_of_lost(attributes: list[str]) -> None:
+    if attributes:
+        shown = ", ".join(attributes[:5])
+        warnings.warn(TorchTrimWarning(f"attributes that are no plain data are not saved: {shown}"), stacklevel=3)
 
 
 def _hooks(module: nn.Module) -> int:

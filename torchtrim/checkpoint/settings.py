@@ -15,6 +15,7 @@ from torchtrim.checkpoint.tensors import compare_names, named_tensors
 from torchtrim.errors import CheckpointMismatch
 from torchtrim.graph.held import hold, is_held, let_go
 from torchtrim.graph.reading import same_graph
+from torchtrim.graph.structure import leaves
 
 _OWN = {*vars(nn.Module()), "_torchtrim_history", "_torchtrim_inputs", "_torchtrim_factory", "train_graph", "_name"}
 _OPENED = {*vars(fx.GraphModule(nn.Module(), fx.Graph())), "shape_env"}
@@ -43,6 +44,8 @@ def compare(net: nn.Module, rebuilt: nn.Module) -> None:
                 "has another forward when the model is rebuilt", path=name, found=_class_of(module)
             )
         for key, value in vars(module).items():
+            if key == "forward" and key not in vars(other):
+                raise CheckpointMismatch("is set on the instance, which is code", path=_joined(name, key))
             if key in vars(other) and _code(value) != _code(vars(other)[key]):
                 found, expected = value, vars(other)[key]
                 raise CheckpointMismatch(
@@ -63,62 +66,53 @@ def compare(net: nn.Module, rebuilt: nn.Module) -> None:
 
 
 def differences(net: nn.Module, rebuilt: nn.Module) -> dict[str, dict[str, Any]]:
-    """The plain attributes (numbers, texts, tuples of them) that are others in `net`: by module, by name."""
-    found: dict[str, dict[str, Any]] = {}
+    """The plain attributes (numbers, texts, tuples of them) that `rebuilt` has not so: by module, by name."""
     others = dict(rebuilt.named_modules())
-    for name, module in net.named_modules():
+    found: dict[str, dict[str, Any]] = {}
+    for name, held in plain_attributes(net).items():
         theirs = vars(others[name])
-        for key, value in vars(module).items():
-            plain = key in theirs and key not in _OWN and is_plain(value) and is_plain(theirs[key])
-            if plain and not _equal(value, theirs[key]):
-                found.setdefault(name, {})[key] = value
+        other = {key: value for key, value in held.items() if key not in theirs or not _equal(value, theirs[key])}
+        if other:
+            found[name] = other
     return found
 
 
 def plain_attributes(net: nn.Module) -> dict[str, dict[str, Any]]:
-    """All plain attributes, by module, by name: where there is nothing to tell which of them are others."""
+    """All plain attributes, by module, by name."""
     found: dict[str, dict[str, Any]] = {}
     for name, module in net.named_modules():
-        own = _OWN | _OPENED if isinstance(module, fx.GraphModule) else _OWN
-        held = {key: value for key, value in vars(module).items() if key not in own and is_plain(value)}
+        held = {key: value for key, value in vars(module).items() if is_plain(value) and _is_settable(module, key)}
         if held:
             found[name] = held
     return found
 
 
-def set_plain(model: nn.Module, settings: Mapping[str, Mapping[str, Any]], *, strict: bool) -> None:
-    """Set plain attributes. Only those that are there, and plain, can be set.
-
-    Args:
-        model: The model.
-        settings: What `differences` or `plain_attributes` found.
-        strict: Refuse where there is no attribute of this name, rather than leave it out: the given model may be of
-            another class, and not have been run.
+def set_plain(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set plain attributes that `differences` or `plain_attributes` found.
 
     Raises:
-        CheckpointMismatch: There is no such attribute, or it is not plain.
+        CheckpointMismatch: There is no such module, or what has this name there is no plain attribute.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, values in settings.items():
         for key, value in values.items():
-            attributes = modules[name].__dict__ if name in modules else {}
-            if key in attributes and key not in _OWN and is_plain(attributes[key]):
-                if not _equal(value, attributes[key]):
-                    attributes[key] = value
-            elif strict or key in _OWN or key in attributes or hasattr(type(modules.get(name)), key):
+            if name not in modules or not _is_settable(modules[name], key):
                 raise CheckpointMismatch("no such attribute to set", path=_joined(name, key))
+            attributes = modules[name].__dict__
+            if not _equal(value, attributes.get(key, _equal)):
+                attributes[key] = value
 
 
 def loose_tensors(net: nn.Module, rebuilt: nn.Module | None) -> dict[str, torch.Tensor]:
     """Tensors that are plain attributes, which no `state_dict` knows, by dotted name: those that are others in `net`.
 
-    What is computed from parameters at each forward is left out, and so are caches that a fresh model has not.
+    What is computed from parameters at each forward is left out.
     """
     found: dict[str, torch.Tensor] = {}
     others = dict(rebuilt.named_modules()) if rebuilt is not None else {}
     for name, module in net.named_modules():
         for key, value in vars(module).items():
-            if type(value) is not torch.Tensor or not value.is_leaf or value.is_meta:
+            if type(value) is not torch.Tensor or not value.is_leaf or value.is_meta or not _is_settable(module, key):
                 continue
             if rebuilt is None or _is_other(value, vars(others[name]).get(key)):
                 found[_joined(name, key)] = value
@@ -126,12 +120,57 @@ def loose_tensors(net: nn.Module, rebuilt: nn.Module | None) -> dict[str, torch.
 
 
 def set_loose(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Set tensors that `loose_tensors` found; where a model has none under that name, it keeps none."""
+    """Set tensors that `loose_tensors` found; where that name is another thing's in a model, it is left."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
-        if owner in modules and isinstance(vars(modules[owner]).get(key), torch.Tensor):
+        if owner in modules and _is_settable(modules[owner], key):
             modules[owner].__dict__[key] = tensor
+
+
+def unwritten(net: nn.Module, rebuilt: nn.Module) -> list[str]:
+    """Attributes that are others in `net`, and no plain data: a file cannot hold them.
+
+    Tensors in lists and dicts, and objects where `rebuilt` has none, are taken for caches, which a model fills again.
+    """
+    others = dict(rebuilt.named_modules())
+    return [
+        _joined(name, key)
+        for name, module in net.named_modules()
+        for key, value in vars(module).items()
+        if key not in _own(module) and not is_plain(value) and not isinstance(value, (nn.Module, torch.Tensor))
+        if not leaves(value, torch.Tensor) and not (key == "train" and is_held(module))
+        if vars(others[name]).get(key) is not None and _described(value) != _described(vars(others[name])[key])
+    ]
+
+
+def _own(module: nn.Module) -> set[str]:
+    return _OWN | _OPENED if isinstance(module, fx.GraphModule) else _OWN
+
+
+def _is_settable(module: nn.Module, key: str) -> bool:
+    """Whether a name is, or could be, that of an attribute that holds data: no method, no member, none of torch's."""
+    members = (module._parameters, module._buffers, module._modules)
+    if key in _own(module) or any(key in held for held in members):
+        return False
+    if key in vars(module):
+        return is_plain(vars(module)[key]) or isinstance(vars(module)[key], torch.Tensor)
+    of_class = getattr(type(module), key, None)
+    return not callable(of_class) and not hasattr(of_class, "__set__")
+
+
+def _described(value: Any, depth: int = 4) -> Any:
+    """A value in terms that can be compared: objects by their class and attributes, functions by their names."""
+    if is_plain(value) or depth == 0:
+        return repr(value) if is_plain(value) else type(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(str(_described(item, depth - 1)) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [_described(item, depth - 1) for item in value]
+    if isinstance(value, Mapping):
+        return [(str(key), _described(item, depth - 1)) for key, item in value.items()]
+    code = _code(value)
+    return code if code is not None else (type(value), _described(getattr(value, "__dict__", None), depth - 1))
 
 
 def modes_of(model: nn.Module) -> dict[str, bool]:
@@ -204,7 +243,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _is_other(ours: torch.Tensor, theirs: Any) -> bool:
     if not isinstance(theirs, torch.Tensor):
-        return False
+        return True
     return ours.dtype != theirs.dtype or ours.shape != theirs.shape or not torch.equal(ours.cpu(), theirs.cpu())
 
 

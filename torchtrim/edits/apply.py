@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 
 from torchtrim.edits.edit import Edit, from_list
 from torchtrim.edits.history import Applied, History, count_params, history, record
-from torchtrim.edits.module_spec import Trusted
+from torchtrim.edits.kept_module import kept_if_it_fails
+from torchtrim.edits.module_spec import ModuleSpec, Trusted
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError, PathError, SelectionError, TorchTrimError
 from torchtrim.graph.check import untrainable
@@ -92,7 +94,22 @@ def run(
     trusted: Trusted = (),
 ) -> nn.Module:
     """Do records on a model: what `apply` and each edit's own function come down to."""
-    model = unwrap(model)
+    with ExitStack() as kept:
+        kept.enter_context(torch.inference_mode(False))  # what is made in that mode can never be trained
+        for module in _live(edits):
+            kept.enter_context(kept_if_it_fails(module))
+        return _run(unwrap(model), example_inputs, edits, copy, check, data, trusted)
+
+
+def _run(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None,
+    edits: Sequence[Edit],
+    copy: bool,
+    check: bool,
+    data: Iterable[Any] | None,
+    trusted: Trusted,
+) -> nn.Module:
     inputs = inputs_for(model, example_inputs)
     twin = structural_copy(model)
     originals = dict(zip(map(id, twin.modules()), model.modules(), strict=True))
@@ -105,6 +122,13 @@ def run(
     net = _committed(work, originals)
     del keep_alive
     return net
+
+
+def _live(edits: Sequence[Edit]) -> list[nn.Module]:
+    """The user's own modules in edits: a later edit may have changed one before it failed."""
+    values = [value for edit in edits for value in vars(edit).values()]
+    specs = [each for value in values for each in (value.values() if isinstance(value, Mapping) else [value])]
+    return [spec.live for spec in specs if isinstance(spec, ModuleSpec) and spec.live is not None]
 
 
 class Step:

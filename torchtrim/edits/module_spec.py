@@ -17,7 +17,7 @@ from torchtrim.edits.module_arguments import NotPlainError, constructor_argument
 from torchtrim.edits.module_state import difference, from_state, holds_plain_tensors, own_difference, own_state
 from torchtrim.edits.module_types import Trusted, class_of, is_open_class, name_of
 from torchtrim.edits.weights import Weights
-from torchtrim.errors import EditError, TorchTrimError
+from torchtrim.errors import EditError, EditUntrusted, TorchTrimError
 from torchtrim.graph.copying import kept_random_state
 from torchtrim.graph.writable import is_writable
 
@@ -168,8 +168,9 @@ class ModuleSpec:
 
     def _constructed(self, trusted: Trusted) -> nn.Module:
         given = isinstance(trusted, Mapping) and self.type in trusted
-        if self.arguments is None and self.state is None and not given:
-            raise EditError(
+        unknown = self.arguments is None and self.state is None
+        if unknown and not given:
+            raise EditUntrusted(
                 f"a record cannot build it: {self.reason or 'the arguments are not known'}",
                 path=self.type,
                 hint=f"trusted={{{self.type!r}: a module or a function that makes it}}",
@@ -177,6 +178,12 @@ class ModuleSpec:
         kind = class_of(self.type, trusted)
         if isinstance(kind, nn.Module):
             return copy.deepcopy(kind)
+        if unknown and isinstance(kind, type):
+            raise EditError(
+                f"the class alone does not make it: {self.reason or 'the arguments are not known'}",
+                path=self.type,
+                hint=f"trusted={{{self.type!r}: a module, or a function that makes it}}",
+            )
         if self.arguments is None and self.state is not None and isinstance(kind, type):
             return from_state(kind, self.state, trusted)
         module = kind(**{name: decoded(value, trusted) for name, value in (self.arguments or {}).items()})

@@ -112,7 +112,7 @@ def _of_torch(name: str) -> type[nn.Module]:
         "torch.nn has no such class of modules",
         path=name,
         expected="a class of torch.nn, or 'module:name'",
-        hint=next((key for key in layers if key.lower() == short.lower()), None) or nearest(short, layers),
+        hint=next((repr(key) for key in layers if key.lower() == short.lower()), None) or nearest(short, layers),
     )
 
 
