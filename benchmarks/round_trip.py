@@ -2,6 +2,7 @@
 
     python benchmarks/round_trip.py                      # all (about 200 models, three edits each; hours)
     python benchmarks/round_trip.py --quick              # a few small ones
+    python benchmarks/round_trip.py --together --jobs 2  # all, in minutes: without first loads and memory
     python benchmarks/round_trip.py timm:resnet18 torchvision:swin_t      # only these (nothing is written)
 
 Each model is made with random weights and edited in three ways: cut in its middle and given a head; a layer removed; a
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial as bind
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -28,7 +30,7 @@ import torch
 from isolated import Report, run_each
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-from round_trip_load import load_pickle, load_trim, outputs, quiet, sums
+from round_trip_load import load_both, load_pickle, load_trim, outputs, quiet, sums
 from torch import nn
 from written import parser, write
 
@@ -51,7 +53,7 @@ def main() -> int:
     from zoo_models import names
 
     options = parse()
-    stem = "round_trip_quick" if options.quick else "round_trip"
+    stem = "round_trip_together" if options.together else "round_trip_quick" if options.quick else "round_trip"
     wanted = options.models or (list(QUICK) if options.quick else names())
     partial = options.out / f"{stem}.partial"
     options.out.mkdir(parents=True, exist_ok=True)
@@ -61,8 +63,12 @@ def main() -> int:
     left = [] if options.table else [name for name in wanted if name not in done]
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress, partial.open("a") as file:
         task = progress.add_task("models", total=len(left))
-        for name in left:
-            done[name] = one(name, options.memory, options.seconds)
+        function = together if options.together else one
+        pool = ThreadPoolExecutor(options.jobs)
+        waiting = {pool.submit(function, name, options.memory, options.seconds): name for name in left}
+        for finished in as_completed(waiting):
+            name = waiting[finished]
+            done[name] = finished.result()
             if not options.models:
                 file.write(json.dumps({"model": name, **done[name]}) + "\n")
                 file.flush()
@@ -84,6 +90,8 @@ def parse() -> Any:
     made.add_argument("models", nargs="*", help="only these, such as timm:resnet18 or detection:ssd300_vgg16")
     made.add_argument("--memory", type=float, default=10.0, help="GB that one process may take (10)")
     made.add_argument("--seconds", type=float, default=600.0, help="seconds that one process may take (600)")
+    made.add_argument("--together", action="store_true", help="all files of a model in one new process: repeats alone")
+    made.add_argument("--jobs", type=int, default=1, help="how many models at once (1)")
     made.add_argument("--table", action="store_true", help="write what was found so far, and run nothing")
     return made.parse_args()
 
@@ -106,6 +114,22 @@ def one(name: str, memory_gb: float, seconds: float) -> dict[str, Any]:
                 made |= reported.get("loaded", reported.get("ended", {"error": "nothing was reported"}))
                 if "error" in made:
                     break
+    return found
+
+
+def together(name: str, memory_gb: float, seconds: float) -> dict[str, Any]:
+    """Every edit of one model: made in one process, all loaded in another."""
+
+    def alone(function: Callable[[str, Report], None]) -> dict[str, Any]:
+        ((_, found),) = run_each(function, [name], preload=PRELOAD, jobs=1, memory_gb=memory_gb, seconds=seconds)
+        return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = alone(bind(make, folder=Path(folder)))
+        edits = [edit for edit, made in found.items() if edit in EDITS and "error" not in made]
+        loaded = alone(bind(load_both, folder=Path(folder), edits=edits))
+        for edit in edits:
+            found[edit] |= loaded.get(edit, {"error": str(loaded.get("ended", "nothing was reported"))})
     return found
 
 
@@ -188,33 +212,38 @@ def totals(results: dict[str, Any]) -> Table:
         tried = [found[edit] for found in results.values() if edit in found]
         right = [made for made in tried if "error" not in made]
         if not right:
-            rows.append((edit, str(len(tried)), "0", "-", "-", "-", "-", "-"))
+            rows.append((edit, str(len(tried)), "0", *("-",) * 7))
             continue
-        first = [made["trim_first_s"] / made["pt_first_s"] for made in right]
+        alone = [made for made in right if "pt_first_s" in made]
+        first = [made["trim_first_s"] / made["pt_first_s"] for made in alone]
         again = [made["trim_s"] / made["pt_s"] for made in right]
-        peaks = [made[f"{kind}_peak_mb"] for kind in ("trim", "pt") for made in right]
-        middle = len(right)
         rows.append(
             (
                 edit,
                 str(len(tried)),
                 str(len(right)),
-                f"{median(made['trim_first_s'] for made in right):.2f}",
-                f"{median(made['pt_first_s'] for made in right):.2f}",
-                f"{geometric_mean(first):.2f} / {geometric_mean(again):.2f}",
-                f"{median(peaks[:middle]):.0f} / {median(peaks[middle:]):.0f}",
+                _median([made["trim_first_s"] for made in alone], 2),
+                _median([made["pt_first_s"] for made in alone], 2),
+                f"{geometric_mean(first):.2f}" if first else "-",
+                " / ".join(_median([made[f"{kind}_s"] * 1e3 for made in right], 0) for kind in ("trim", "pt")),
+                f"{geometric_mean(again):.2f}",
+                " / ".join(_median([made[f"{kind}_peak_mb"] for made in alone], 0) for kind in ("trim", "pt")),
                 f"{median(made['save_s'] for made in right):.2f}",
             )
         )
     columns = (
-        "edit", "models", "equal to the bit", "load, s", "torch.load, s", "ratio, first / again",
-        "peak MB, ours / torch.load", "save, s",
+        "edit", "models", "equal to the bit", "first load, s", "first torch.load, s", "ratio",
+        "again, ms, ours / torch.load", "ratio again", "peak MB, ours / torch.load", "save, s",
     )  # fmt: skip
     notes = [
-        "- load: the first in a new process, with the imports that it needs (torch's are made); again: best of three",
+        "- first load: in a new process, with the imports that it needs (torch's are made); again: best of three more",
         "- medians over the models; ratios are geometric means",
     ]
     return Table("Round trips", columns, tuple(rows), notes)
+
+
+def _median(values: list[float], digits: int) -> str:
+    return f"{median(values):.{digits}f}" if values else "-"
 
 
 def details(results: dict[str, Any]) -> Table:
@@ -231,13 +260,11 @@ def details(results: dict[str, Any]) -> Table:
                     name,
                     f"{edit} at {made['edit']}",
                     f"{made['bytes']['trim'] / 1e6:.1f}",
-                    f"{made['trim_first_s']:.2f}",
-                    f"{made['pt_first_s']:.2f}",
-                    f"{made['trim_peak_mb']:.0f}",
-                    f"{made['pt_peak_mb']:.0f}",
+                    *(f"{made[key] * 1e3:.0f}" for key in ("trim_s", "pt_s")),
+                    *(f"{made[key]:.0f}" if key in made else "-" for key in ("trim_peak_mb", "pt_peak_mb")),
                 )
             )
-    columns = ("model", "edit", "MB", "load, s", "torch.load, s", "peak MB", "torch.load, peak MB")
+    columns = ("model", "edit", "MB", "load again, ms", "torch.load, ms", "peak MB", "torch.load, peak MB")
     return Table("Each model", columns, tuple(rows), notes)
 
 

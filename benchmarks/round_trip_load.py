@@ -57,7 +57,7 @@ def _loaded(report: Report, stem: Path, kind: str, load: Callable[[Path], nn.Mod
         if sums(net) != expected["sums"]:
             raise RuntimeError("a parameter or a buffer differs")
         for ours, theirs in zip(outputs(net, expected["x"]), expected["outputs"], strict=True):
-            if not torch.equal(ours, theirs) and not torch.equal(ours.isnan(), theirs.isnan()):
+            if not same(ours, theirs):
                 raise RuntimeError("an output differs")
         times = []
         for _ in range(3):
@@ -68,6 +68,24 @@ def _loaded(report: Report, stem: Path, kind: str, load: Callable[[Path], nn.Mod
     except Exception as error:  # noqa: BLE001 (whatever is raised is the result)
         found["error"] = f"{kind}: {type(error).__name__}: {error}"[:600]
     report("loaded", found)
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two outputs are equal to the bit, where neither is a number too."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
+
+
+def load_both(name: str, report: Report, folder: Path, edits: list[str]) -> None:
+    """Load every file of a model, one after the other: compared to the bit, and timed beside the pickled one."""
+    for edit in edits:
+        found: dict[str, Any] = {}
+        for loader, kind in ((load_trim, "trim"), (load_pickle, "pt")):
+            told: dict[str, Any] = {}
+            loader(name, lambda _, reported, told=told: told.update(reported), folder / edit)
+            found |= {key: value for key, value in told.items() if key in ("error", f"{kind}_s")}
+        report(edit, found)
 
 
 def _read_once(path: Path) -> None:
