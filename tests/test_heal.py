@@ -338,5 +338,10 @@ def test_data_that_the_model_refuses() -> None:
     for wrong in ([torch.cat([one, one], 1) for one in data], [one.double() for one in data]):
         with pytest.raises(tt.InputError, match="does not take the data"):
             tt.remove(net, data[0], "1.1", heal="linear", data=wrong)
-    with pytest.raises(tt.InputError, match="none of the forward's arguments"):
-        tt.remove(net, data[0], "1.1", heal="linear", data=[{"image": one} for one in data])
+    late = [*data, torch.randn(16, 5, 10, 10)]
+    with pytest.raises(tt.InputError, match="does not take the data") as refused:
+        tt.remove(net, data[0], "1.1", heal="linear", data=late)
+    assert refused.value.path == "data[5]"
+    for nothing in ([{"image": one} for one in data], [data[0], "a"], [3]):
+        with pytest.raises(tt.InputError, match="none of the forward's arguments"):
+            tt.remove(net, data[0], "1.1", heal="linear", data=nothing)

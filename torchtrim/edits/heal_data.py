@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,18 +28,21 @@ class Calibration:
         data: An iterable of batches: tensors, `(inputs, targets)` pairs or dicts. A tensor or dict by itself is one.
         model: Whose arguments they are.
         example: Example inputs of that model.
+        taken: What the model was seen to take: shapes and types.
     """
 
     data: Iterable[Any]
     model: nn.Module
     example: Inputs
+    taken: set[str] = field(default_factory=set)
 
     @staticmethod
     def of(data: Iterable[Any] | None, model: nn.Module, example: Inputs) -> Calibration:
         """Read what a user gives.
 
         Raises:
-            InputError: There is none, it can be gone through only once, or it holds too little to judge by.
+            InputError: There is none, it can be gone through only once, it holds too little to judge by, or a batch
+                holds nothing for the forward. One that the forward refuses raises where it is read.
 
         Example:
             >>> net, example = nn.Linear(3, 2), Inputs.of(torch.zeros(1, 3))
@@ -67,11 +70,8 @@ class Calibration:
             )
         found = Calibration(data, model, example)
         count = 0
-        for batch in data:
-            inputs = arguments_of(batch, model, example)
-            if count == 0:
-                _try(model, inputs.map(found._on_device), example)
-            count += inputs.batch
+        for number, batch in enumerate(data):
+            count += found._read(number, batch).batch
             if count >= _LEAST:
                 return found
         raise InputError(
@@ -92,8 +92,8 @@ class Calibration:
 
     def _pieces(self, wanted: Callable[[int], bool], most: int | None = None) -> Iterator[Inputs]:
         start = found = 0
-        for batch in self.data:
-            inputs = arguments_of(batch, self.model, self.example)
+        for number, batch in enumerate(self.data):
+            inputs = self._read(number, batch)
             size = inputs.batch
             rows = [row for row in range(size) if wanted(start + row)]
             start += size
@@ -102,25 +102,43 @@ class Calibration:
                     return
                 chosen = rows[piece : piece + _ROWS]
                 found += len(chosen)
-                yield _taken(inputs, chosen, size).map(self._on_device)
+                part = _taken(inputs, chosen, size).map(self._on_device)
+                self._refuse_untaken(number, part)
+                yield part
+
+    def _read(self, number: int, batch: Any) -> Inputs:
+        try:
+            return arguments_of(batch, self.model, self.example)
+        except InputError as error:
+            raise InputError(
+                "a batch holds none of the forward's arguments",
+                path=f"data[{number}]",
+                found=error.found or type(batch).__name__,
+                expected=error.expected or "a tensor, an (inputs, targets) pair or a dict",
+            ) from error
+
+    def _refuse_untaken(self, number: int, part: Inputs) -> None:
+        """Run the model on shapes and types that it has not had yet, so that an error names the data."""
+        kind = part.with_batch(1).describe()
+        if kind in self.taken:
+            return
+        twin = structural_copy(self.model, own_buffers=True, user_hooks=False).eval()
+        try:
+            with torch.no_grad(), kept_random_state():
+                part.fresh().call(twin)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the user's model raises: it does not take these inputs
+            raise InputError(
+                f"the model does not take the data: {type(error).__name__}: {str(error).rstrip('.')}",
+                path=f"data[{number}]",
+                found=part.describe(),
+                expected=self.example.describe(),
+            ) from error
+        self.taken.add(kind)
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to(self.example.tensors[0].device)
-
-
-def _try(model: nn.Module, inputs: Inputs, example: Inputs) -> None:
-    """Run a model on the first rows of the data."""
-    twin = structural_copy(model, own_buffers=True, user_hooks=False).eval()
-    try:
-        with torch.no_grad(), kept_random_state():
-            inputs.with_batch(1).call(twin)
-    except Exception as error:  # whatever the user's model raises: it does not take these inputs
-        raise InputError(
-            f"the model does not take the data: {type(error).__name__}: {error}",
-            path="data",
-            found=inputs.describe(),
-            expected=example.describe(),
-        ) from error
 
 
 def _taken(inputs: Inputs, rows: list[int], size: int) -> Inputs:
@@ -161,7 +179,6 @@ def arguments_of(batch: Any, model: nn.Module, example: Inputs) -> Inputs:
         if not known:
             raise InputError(
                 "a batch holds none of the forward's arguments",
-                path="data",
                 found=list(batch),
                 expected=list(example.kwargs or parameters),
             )

@@ -61,6 +61,9 @@ class Judge:
         """The root of the mean squared difference, relative to the original's deviation; `inf` where it is no number.
 
         An output counts as much as another, however large it is.
+
+        Raises:
+            EditError: It returns other shapes than the original.
         """
         total: dict[str, float] = {}
         count: dict[str, int] = {}
@@ -68,15 +71,7 @@ class Judge:
             for piece, outputs in self.held:
                 found = outputs_of(model, piece)
                 for name, right in outputs.items():
-                    if name not in found or found[name].shape != right.shape:
-                        raise EditError(
-                            "the model returns another shape without it: there is nothing to heal towards",
-                            path=name,
-                            found=list(found[name].shape) if name in found else "nothing",
-                            expected=list(right.shape),
-                            hint="heal=None, or an adapter",
-                        )
-                    difference = (found[name].double() - right.double()).square().sum()
+                    difference = (_alike(found.get(name), right, name).double() - right.double()).square().sum()
                     total[name] = total.get(name, 0.0) + float(difference)
                     count[name] = count.get(name, 0) + right.numel()
         mean = sum(total[name] / count[name] / self.spread.get(name, 1.0) for name in total) / len(total)
@@ -90,6 +85,19 @@ class Judge:
             if name in self.spread
         ]
         return torch.stack(parts).mean()
+
+
+def _alike(found: torch.Tensor | None, right: torch.Tensor, name: str) -> torch.Tensor:
+    """An output that can be compared: what was removed last in a model may leave one of another shape."""
+    if found is None or found.shape != right.shape:
+        raise EditError(
+            "the trimmed model returns another shape: there is nothing to heal towards",
+            path=name,
+            found="nothing" if found is None else list(found.shape),
+            expected=list(right.shape),
+            hint="heal=None, or a module of yours as the adapter",
+        )
+    return found
 
 
 def _variance(values: list[torch.Tensor]) -> float:
