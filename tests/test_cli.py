@@ -298,7 +298,7 @@ def test_remove_writes_each_format_and_a_file_is_a_model(run: Run, own_models: P
 def test_edits_one_after_the_other_and_their_history(run: Run, own_models: Path) -> None:
     trust = ("--trust", "ownmodels:deep")
     assert run("insert", *TINY, "nn.Dropout(0.2)", "--after", "1", "--out", "a.trim").exit_code == 0
-    assert run("replace", "a.trim", "nn.ReLU", "nn.ReLU6()", "--out", "b.trim", *trust).exit_code == 0
+    assert run("replace", "a.trim", "ReLU", "nn.ReLU6()", "--out", "b.trim", *trust).exit_code == 0
     assert run("cut", "b.trim", "--after", "4", "--out", "c.trim", *trust).exit_code == 0
     net = tt_load("c.trim")
     assert [type(module).__name__ for module in net] == ["Conv2d", "ReLU6", "Dropout", "Conv2d", "ReLU6", "Conv2d"]

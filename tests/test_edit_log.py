@@ -108,6 +108,7 @@ def test_wrong_weights_are_refused(change: dict[str, Any], message: str) -> None
         ({"kind": "cut", "after": ["a"], "version": 9}, "newer torchtrim"),
         ({"kind": "cut", "after": []}, "nothing to cut"),
         ({"after": ["a"]}, "no such kind"),
+        ({"cut": {"after": "a"}}, '"kind": "cut", ...'),
         ("cut", "object of keys"),
     ],
 )

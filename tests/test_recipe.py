@@ -159,6 +159,24 @@ def test_a_merge_key_may_be_overridden() -> None:
     assert Recipe.load(written("model: {<<: {name: a, seed: 1}, seed: 2}\n")).form.model.seed == 2
 
 
+def test_healing_without_data_is_told_before_any_work() -> None:
+    recipe = Recipe.from_dict({**BASE, "edits": [{"remove": {"paths": "layer3", "heal": "auto"}}]}, name="r")
+    with pytest.raises(RecipeError, match=r"edits\[0\].remove.heal.*data: FILE"):
+        recipe.run()
+    assert recipe.run(plan=True).removed
+
+
+def test_arguments_without_a_name_are_told_which() -> None:
+    with pytest.raises(EditError, match=r"Try: remove: {paths: layer1.0}"):
+        Recipe.from_dict({**BASE, "edits": [{"remove": "layer1.0"}]})
+
+
+def test_yaml_may_begin_with_a_brace() -> None:
+    recipe = Recipe.from_dict(BASE, ["head={num_classes: 7}"])
+    assert recipe.form.head == {"num_classes": 7}
+    assert Recipe.load(written("{model: 'timm:test_resnet', input: [1, 3, 32, 32]}")).form.model.name
+
+
 def test_overrides() -> None:
     given = {**BASE, "edits": [{"cut": {"after": "layer2"}}]}
     recipe = Recipe.from_dict(
@@ -189,6 +207,7 @@ def test_overrides() -> None:
         ("model.pretrained", "key=value"),
         ("=3", "key=value"),
         ("edits[3].cut.after=a", "nothing to set"),
+        ("edits.0.cut.after=a", "edits[0] for an item"),
         ("recipe.version=3", "nothing to set"),
         ("input[x]=3", "nothing to set"),
     ],

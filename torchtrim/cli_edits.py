@@ -129,6 +129,10 @@ def replace(
     """
     _check(out, overwrite, plan)
     named, x = load(model, input, pretrained, weights, seed, trust)
+    from torch import nn
+
+    if isinstance(getattr(nn, what, None), type) and what not in dict(named.model.named_modules()):
+        what = f"nn.{what}"
     _do({"replace": {"what": what, "new": new}}, named.model, x, out, overwrite, plan, seed, trust, json)
 
 

@@ -77,9 +77,11 @@ class Edit:
         kind, version = values.pop("kind", None), values.pop("version", 1)
         if not isinstance(kind, str) or kind not in kinds():
             names = sorted(kinds())
-            raise EditError(
-                "no such kind of edit", path="kind", found=kind, expected=names, hint=nearest(str(kind), names)
-            )
+            hint = nearest(str(kind), names)
+            if kind is None and set(values) & set(names):
+                kind = min(set(values) & set(names))
+                hint = f'{{"kind": "{kind}", ...}}: only recipes take the name as a key'
+            raise EditError("no such kind of edit", path="kind", found=kind, expected=names, hint=hint)
         edit_type = kinds()[kind]
         if type(version) is not int or not 1 <= version <= edit_type.version:
             newer = type(version) is int and version > edit_type.version

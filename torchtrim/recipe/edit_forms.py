@@ -132,8 +132,13 @@ def _as_record(item: Any, where: str) -> dict[str, Any]:
     if values is None:
         values = {}
     if not isinstance(values, Mapping):
+        first = next((field.name for field in dataclasses.fields(kinds()[kind])), "key") if kind in kinds() else "key"
         raise EditError(
-            "arguments are given by name", path=f"{where}.{kind}", found=repr(values), expected="{key: value}"
+            "arguments are given by name",
+            path=f"{where}.{kind}",
+            found=repr(values),
+            expected="{key: value}",
+            hint=f"{kind}: {{{first}: {values}}}",
         )
     return {**values, "kind": kind}
 

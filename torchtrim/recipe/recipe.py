@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -15,6 +16,7 @@ import yaml
 from torchtrim.edits.edit import Edit
 from torchtrim.edits.module_spec import Trusted
 from torchtrim.edits.plan import Plan
+from torchtrim.edits.remove import Remove
 from torchtrim.errors import RecipeError, TorchTrimError
 from torchtrim.graph.copying import kept_random_state
 from torchtrim.recipe.edit_forms import edit_of, edits_of
@@ -23,6 +25,7 @@ from torchtrim.recipe.form import RecipeForm, checked
 from torchtrim.recipe.run import RecipeRun, plan_recipe
 from torchtrim.recipe.schema import recipe_schema
 
+_PLACE = "a key of the recipe, edits[0] for an item of a list"
 # The sections that may be written as one value, and the key it stands for.
 _SHORT = {"model": "name", "data": "file"}
 
@@ -139,10 +142,22 @@ class Recipe:
         """
         if plan:
             return plan_recipe(self.form, self.folder, self.edits, trusted)
+        self._check_healing()
         place = out or (self.folder / self.form.out if self.form.out else self.name)
         if place is None:
             raise RecipeError("where does the run write to?", path="out", hint="run(out=FOLDER), or out: in the recipe")
         return run_into(Path(place), self.form, self.folder, lambda: self.edits, overwrite=overwrite, trusted=trusted)
+
+    def _check_healing(self) -> None:
+        """Before any work: what is fitted to data needs some."""
+        for index, edit in enumerate(self.edits):
+            if isinstance(edit, Remove) and edit.heal is not None and not edit.taken and self.form.data is None:
+                raise RecipeError(
+                    "healing is fitted to data, and the recipe names none",
+                    path=f"edits[{index}].remove.heal",
+                    found=edit.heal,
+                    hint="data: FILE",
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """What was given, as plain data."""
@@ -168,7 +183,10 @@ def parse(text: str, where: str) -> Any:
         RecipeError: It is neither.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once) if text.lstrip().startswith("{") else yaml.load(text, _Loader)
+        if text.lstrip().startswith("{"):
+            with suppress(json.JSONDecodeError):  # YAML may begin so, too
+                return json.loads(text, object_pairs_hook=_once)
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"neither YAML nor JSON: {' '.join(str(error).split())}", path=where) from error
 
@@ -209,7 +227,7 @@ def _overridden(data: Any, text: str) -> dict[str, Any]:
     try:
         return dict(_set(data, parts, parse(value, text) if value.strip() else None, key))
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise RecipeError("there is nothing to set there", path=key, hint="a key of the recipe") from error
+        raise RecipeError("there is nothing to set there", path=key, hint=_PLACE) from error
 
 
 def _set(held: Any, parts: list[str | int], value: Any, key: str) -> Any:
