@@ -151,8 +151,8 @@ def remove(
             reads it loses its weights for the channels that are no more.
         copy: Copy the parameters. Without it the model itself is changed.
         check: Run the result, in both modes and at several sizes, against the original in which hooks put the input of
-            what goes in place of its output, and compare outputs and gradients. Without it only shapes are looked at, and
-            an `nn.Identity` stays in a `ModuleList` or `ModuleDict`, whose elements other code may count.
+            what goes in place of its output, and compare outputs and gradients. Without it only shapes are looked at,
+            and an `nn.Identity` stays in a `ModuleList` or `ModuleDict`, whose elements other code may count.
 
     Returns:
         The model without them.
