@@ -263,6 +263,12 @@ def test_what_was_tied_and_is_apart_since_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "net.trim", model=Net())
 
 
+def test_a_path_that_is_none() -> None:
+    for call in (lambda: save(small(), b"net.trim"), lambda: load(3)):
+        with pytest.raises(CheckpointError, match="not the path of a file"):
+            call()
+
+
 def test_views_that_overlap_are_told(tmp_path: Path) -> None:
     net = nn.Module()
     memory = torch.arange(6.0)

@@ -51,6 +51,17 @@ def storable(dtype: torch.dtype) -> bool:
     return dtype in _NAMES or dtype in _RAW.values()
 
 
+def place_of(path: object) -> Path:
+    """A path as users give it.
+
+    Raises:
+        CheckpointError: It is none.
+    """
+    if isinstance(path, (str, Path)) or (hasattr(path, "__fspath__") and isinstance(os.fspath(path), str)):
+        return Path(path)
+    raise CheckpointError("not the path of a file", found=repr(path)[:60], expected="a text, or a pathlib.Path")
+
+
 def write(path: Path, text: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a file next to its place, flush it to the disk, and put it in its place in one step.
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torchtrim.checkpoint import container
-from torchtrim.checkpoint.container import Container
+from torchtrim.checkpoint.container import Container, place_of
 from torchtrim.checkpoint.document import Document, history_with
 from torchtrim.checkpoint.kinds import compare_kinds
 from torchtrim.checkpoint.optimizer import check, restore, tensor_names
@@ -70,7 +70,7 @@ def load(
         >>> tt.load(path, model=nn.Linear(4, 3))
         Linear(in_features=4, out_features=3, bias=True)
     """
-    place, where = Path(path), _device(device)
+    place, where = place_of(path), _device(device)
     file = container.read(place)
     with _named(place):
         return _loaded(file, Document.of(place, file.text), model, trusted, optimizer, where)
@@ -84,7 +84,7 @@ def read_history(path: str | os.PathLike[str]) -> History:
         CheckpointTooNew: As for `load`.
         CheckpointError: It cannot be opened.
     """
-    place = Path(path)
+    place = place_of(path)
     file = container.read(place)
     with _named(place):
         document = Document.of(place, file.text)

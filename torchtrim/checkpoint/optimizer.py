@@ -29,7 +29,9 @@ def described(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[Optim
             return to_plain(value)
         except CheckpointError as error:
             raise CheckpointError(
-                "the optimizer holds a value that is not plain data", path=name, found=error.found
+                "the optimizer holds a value that is neither a tensor nor plain data",
+                path=name,
+                found=f"{type(value).__name__} with a {error.found} in it",
             ) from error
 
     groups, state = [], {}

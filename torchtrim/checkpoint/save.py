@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ def save(
         >>> bool((again(x) == net(x)).all()), tt.history(again) == tt.history(net)
         (True, True)
     """
-    net, place = unwrap(net), Path(path)
+    net, place = unwrap(net), container.place_of(path)
     if not overwrite and place.exists():
         raise CheckpointError("there is a file already", path=place, hint="overwrite=True")
     if not place.parent.is_dir():

@@ -78,9 +78,9 @@ class Edit:
         if not isinstance(kind, str) or kind not in kinds():
             names = sorted(kinds())
             hint = nearest(str(kind), names)
-            if kind is None and set(values) & set(names):
-                kind = min(set(values) & set(names))
-                hint = f'{{"kind": "{kind}", ...}}: only recipes take the name as a key'
+            short = sorted(set(values) & set(names))
+            if kind is None and short:
+                kind, hint = list(values), f'{{"kind": "{short[0]}", ...}}: only recipes take the name as a key'
             raise EditError("no such kind of edit", path="kind", found=kind, expected=names, hint=hint)
         edit_type = kinds()[kind]
         if type(version) is not int or not 1 <= version <= edit_type.version:
