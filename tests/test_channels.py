@@ -41,6 +41,15 @@ class Residual(nn.Module):
         return self.head(y.mean((2, 3)))
 
 
+class AddsItself(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.relu(self.conv(x))
+
+
 X = torch.randn(2, 3, 8, 8)
 
 
@@ -579,6 +588,20 @@ def test_channels_before_an_adapter(adapter: str, widths: tuple[int, int], chann
     model = nn.Sequential(nn.Conv2d(3, one, 1), nn.Conv2d(one, two, 1), nn.ReLU(), nn.Conv2d(two, 2, 1))
     net = tt.delete_channels(tt.remove(model, x, "1", adapter=adapter), x, "0", [channel])
     assert net[1].channels == left
+
+
+@pytest.mark.parametrize(
+    ("numbers", "left"), [([6], (4, 7)), ([1], (3, 7)), ([1, 4, 5], (3, 5)), ([4, 5, 6, 7], (4, 4))]
+)
+def test_channels_behind_an_adapter(numbers: list[int], left: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    widening = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), widening, AddsItself(8), nn.Conv2d(8, 2, 1))
+    net = tt.remove(model, x, "1", adapter="pool")
+    for path in ("2.conv", "1"):
+        narrow = tt.delete_channels(net, x, path, numbers)
+        assert (narrow[0].out_channels, narrow[1].channels.channels) == left
+        assert (narrow[2].conv.in_channels, narrow[3].in_channels) == (left[1], left[1])
 
 
 def test_the_count_of_classes_and_a_cumulative_average() -> None:

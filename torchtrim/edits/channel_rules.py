@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from torchtrim.edits.adapter_layers import FitChannels
 from torchtrim.edits.channel_labels import FIXED, Channels, Label, Layer, varying
 
 Shape: TypeAlias = "tuple[int, ...]"
@@ -307,7 +308,10 @@ def _pad(call: OpCall) -> None:
                 window = slice(max(-before, 0), layer.shape[axis] - max(-after, 0))
                 layer = layer[(slice(None),) * axis + (window,)]
                 width = [(max(before, 0), max(after, 0)) if each == axis else (0, 0) for each in range(layer.ndim)]
+                added = np.pad(np.zeros(layer.shape, dtype=bool), width, constant_values=True)
                 layer = np.pad(layer, width, constant_values=FIXED)
+                if isinstance(call.module, FitChannels):  # it can be told to add fewer
+                    layer[added] = call.channels.new((int(added.sum()),))
         layers.append(layer)
     call.give(call.out, layers)
 
