@@ -28,6 +28,8 @@ import torch
 from torch import nn
 from torchtrim.checkpoint.save import save
 
+torch.set_num_threads(1)  # a child that is forked has none of its parent's other threads, and would wait for them
+
 def net(value):
     made = nn.Sequential(*(nn.Linear(300, 300) for _ in range(4)))
     for parameter in made.parameters():
@@ -84,7 +86,7 @@ def make(value: float) -> nn.Module:
 
 def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     jobs = [(str(tmp_path / f"{number}.trim"), moment, count) for number, (moment, count, _) in enumerate(MOMENTS)]
-    subprocess.run([sys.executable, "-c", PARENT, json.dumps(jobs)], check=True)
+    subprocess.run([sys.executable, "-c", PARENT, json.dumps(jobs)], check=True, timeout=300)
     for (path, moment, _), (_, _, allowed) in zip(jobs, MOMENTS, strict=True):
         values = {float(value) for each in load(path, model=make(0.0)).parameters() for value in each.detach().unique()}
         assert len(values) == 1 and values <= allowed, moment
