@@ -61,6 +61,7 @@ def main() -> int:
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     left = [] if options.table else [name for name in wanted if name not in done]
+    left.sort(key=lambda name: not name.startswith("timm:"))  # those are the small ones
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress, partial.open("a") as file:
         task = progress.add_task("models", total=len(left))
         function = together if options.together else one
