@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torchtrim.errors import CheckFailed, GuardError, InputError
-from torchtrim.graph.copying import has_function_hooks, is_meta, kept_random_state, structural_copy
+from torchtrim.graph.copying import has_function_hooks, is_meta, kept_random_state, source_of, structural_copy
 from torchtrim.graph.execution import run_fake
 from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.reading import UNKNOWABLE
@@ -196,12 +196,12 @@ def _gradients(module: nn.Module, outputs: Any) -> dict[int, tuple[str, torch.Te
         name: held for name, held in module.named_parameters() if held.requires_grad and not held._backward_hooks
     }
     if not results or not parameters:
-        return {id(held): (name, None) for name, held in parameters.items()}
+        return {id(source_of(held)): (name, None) for name, held in parameters.items()}
     weights = [torch.arange(value.numel(), device=value.device).cos().reshape(value.shape) for value in results]
     total = torch.stack([(value * weight).sum().abs() for value, weight in zip(results, weights, strict=True)]).sum()
     found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return {
-        id(held): (name, gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient)
+        id(source_of(held)): (name, gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient)
         for (name, held), gradient in zip(parameters.items(), found, strict=True)
     }
 

@@ -59,7 +59,8 @@ def structural_copy(model: nn.Module, *, own_buffers: bool = False, user_hooks: 
 
     Args:
         model: The model.
-        own_buffers: Copy the buffers too.
+        own_buffers: Copy what a run may write to: the buffers, and those parameters that are not in one of torch's own
+            layers (a class token, a scale), which an in-place operation may reach. `source_of` knows their origin.
         user_hooks: Keep forward hooks that are plain functions. A copy that is run does without: what they write to is
             the user's. Hooks with state of their own (weight norm) are copied with it.
 
@@ -69,6 +70,9 @@ def structural_copy(model: nn.Module, *, own_buffers: bool = False, user_hooks: 
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = parameter
+    for parameter in _within_reach(model) if own_buffers else ():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        memo[id(parameter)].__dict__[_SOURCE] = source_of(parameter)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().clone() if own_buffers else buffer
     try:
@@ -80,6 +84,28 @@ def structural_copy(model: nn.Module, *, own_buffers: bool = False, user_hooks: 
             for key in [key for key, hook in hooks.items() if isinstance(hook, FunctionType)]:
                 del hooks[key]
     return twin
+
+
+_SOURCE = "_torchtrim_source"
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def source_of(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter that one in a structural copy stands for: itself, or the one it was copied from."""
+    found: nn.Parameter = parameter.__dict__.get(_SOURCE, parameter)
+    return found
+
+
+def _within_reach(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that a forward may hand to an operation by themselves."""
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        layer = any(
+            base.__module__.startswith("torch.nn.") and base not in _CONTAINERS for base in type(module).__mro__
+        )
+        plain = (held for held in module._parameters.values() if type(held) is nn.Parameter and not held.is_meta)
+        found |= {} if layer else {id(held): held for held in plain}
+    return list(found.values())
 
 
 def has_function_hooks(model: nn.Module) -> bool:
