@@ -145,7 +145,8 @@ def test_timm_s_own_name_is_found_and_verified(tmp_path: Path) -> None:
 
 
 def test_a_model_of_torchvision_with_arguments(tmp_path: Path) -> None:
-    torchvision = pytest.importorskip("torchvision")
+    import torchvision
+
     model, x = shaken(torchvision.models.resnet18(num_classes=5)), torch.randn(2, 3, 64, 64)
     net = tt.cut(model, x, after=["layer2", "layer3"])
     save(net, tmp_path / "net.trim", factory=("torchvision:resnet18", {"num_classes": 5, "weights": "DEFAULT"}))

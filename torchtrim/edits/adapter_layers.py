@@ -123,7 +123,8 @@ class ChannelsLast(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, channels last."""
-        return self.layer(x.movedim(-1, 1)).movedim(1, -1)  # type: ignore[no-any-return]
+        found: torch.Tensor = self.layer(x.movedim(-1, 1))
+        return found.movedim(1, -1)
 
 
 class TokenGrid(nn.Module):

@@ -164,7 +164,7 @@ class _Follower(TorchDispatchMode):
     """Sees every operator; keeps the label of every tensor."""
 
     def __init__(self, run: Run, channels: Channels | None, dead: frozenset[str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)
         self.run = run
         self.channels = channels
         self.dead = dead

@@ -211,7 +211,7 @@ def _plain(value: Any, weights: bool) -> Any:
     if isinstance(value, Weights):
         return value.to_dict() if weights else None
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name), weights) for f in fields(value) if _recorded(f)}
+        return {f.name: _plain(getattr(value, f.name), weights) for f in fields(value)}
     if isinstance(value, (tuple, list)):
         return [_plain(item, weights) for item in value]
     if isinstance(value, Mapping):
@@ -219,13 +219,8 @@ def _plain(value: Any, weights: bool) -> Any:
     return value
 
 
-def _recorded(field: Any) -> bool:
-    """Whether a field is part of the record: one that is not compared (a live module) is not."""
-    return bool(field.compare)
-
-
 def _told(edit: Edit, field: Any) -> bool:
-    if not _recorded(field) or field.metadata.get("decided"):
+    if field.metadata.get("decided"):
         return False
     default = field.default if field.default_factory is MISSING else field.default_factory()
     return bool(getattr(edit, field.name) != default)
@@ -264,7 +259,7 @@ def _validated(edit_type: type[EditT], values: dict[str, Any], kind: str) -> Edi
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-        names = [f.name for f in fields(edit_type) if _recorded(f)]
+        names = [f.name for f in fields(edit_type)]
         unknown = first["type"] in ("unexpected_keyword_argument", "extra_forbidden")
         raise EditError(
             f"{kind!r} has no such key" if unknown else first["msg"],

@@ -111,4 +111,5 @@ def _function(node: fx.Node) -> Callable[..., Any]:
     target: Any = node.target
     if node.op == "call_method":
         return lambda value, *args, **kwargs: getattr(value, target)(*args, **kwargs)
-    return target  # type: ignore[no-any-return]
+    function: Callable[..., Any] = target
+    return function

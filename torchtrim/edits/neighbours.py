@@ -68,7 +68,7 @@ class _Follow(TorchDispatchMode):
     """Hooks on tracked modules, and every operator that is given one of their outputs outside of them."""
 
     def __init__(self, twin: nn.Module, tracked: Callable[[nn.Module], bool]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)
         self.found = Neighbours()
         self.made: dict[int, tuple[torch.Tensor, str]] = {}  # the tensors are held, so that no other gets their id
         self.inside: list[set[int]] = []
@@ -87,7 +87,7 @@ class _Follow(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _start(self, _module: nn.Module, _args: Any) -> None:
-        self.__enter__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__enter__(self)
 
     def _begin(self, path: str) -> Any:
         def begin(_module: nn.Module, args: Any) -> None:
@@ -115,7 +115,7 @@ class _Follow(TorchDispatchMode):
         self.found.users[self.made[id(tensor)][1]].add(user)
 
     def _end(self, output: Any) -> None:
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__exit__(self, None, None, None)
         for tensor in pytree.tree_leaves(output):
             if id(tensor) in self.made:
                 self._use(tensor, "output")
