@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import torchtrim as tt
+from torchtrim.channels.follow import follow
 from torchtrim.edits.channel_check import _alike_in_double
-from torchtrim.edits.channel_trace import follow
 from torchtrim.edits.channels import DeleteChannels, delete_channels
 from torchtrim.edits.edit import Edit, from_json, to_json
 from torchtrim.errors import EditError, PathError, SelectionError, TorchTrimError

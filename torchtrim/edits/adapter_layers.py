@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -87,6 +87,8 @@ class FitChannels(nn.Module):
         >>> FitChannels(5)(torch.ones(1, 3, 2, 2)).sum(dim=(2, 3))
         tensor([[4., 4., 4., 0., 0.]])
     """
+
+    pads_channels: ClassVar = True  # it can be told to add fewer, when channels are deleted
 
     def __init__(self, channels: int, dim: int = 1) -> None:
         super().__init__()

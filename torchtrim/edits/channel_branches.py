@@ -7,8 +7,8 @@ import operator
 import torch
 from torch import fx, nn
 
+from torchtrim.channels.follow import Flow, Run
 from torchtrim.edits.channel_check import dead_calls
-from torchtrim.edits.channel_trace import Flow, Run
 from torchtrim.edits.rewire import Room, open_room
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError

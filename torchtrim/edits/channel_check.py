@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from torchtrim.edits.channel_labels import Mask, kept_indices, varying
-from torchtrim.edits.channel_trace import Flow, Run, Step, rerun, shape_after
+from torchtrim.channels.follow import Flow, Run, Step, rerun, shape_after
+from torchtrim.channels.labels import Mask, kept_indices, varying
 from torchtrim.edits.work import Work
 from torchtrim.errors import CheckFailed, EditError, GuardError
 from torchtrim.graph.check import Side, Variant, differs, run, variants

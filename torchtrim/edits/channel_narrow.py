@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from torchtrim.channels.follow import Flow, ModuleCall, shape_after
+from torchtrim.channels.labels import Label, Layer, Mask, kept_indices, varying
 from torchtrim.edits.adapter_layers import FitChannels
-from torchtrim.edits.channel_labels import Label, Layer, Mask, kept_indices, varying
-from torchtrim.edits.channel_trace import Flow, ModuleCall, shape_after
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError
 

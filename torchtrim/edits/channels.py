@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from torchtrim.channels.follow import Flow, follow
+from torchtrim.channels.labels import FIXED, Label, Layer, Mask, varying
 from torchtrim.edits.apply import run
 from torchtrim.edits.channel_branches import take_out
 from torchtrim.edits.channel_check import check_shapes, check_values, refuse_uneven
-from torchtrim.edits.channel_labels import FIXED, Label, Layer, Mask, varying
 from torchtrim.edits.channel_narrow import narrow, narrowings, tell_the_truth
-from torchtrim.edits.channel_trace import Flow, follow
 from torchtrim.edits.edit import Edit
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import EditError, PathError, SelectionError, nearest

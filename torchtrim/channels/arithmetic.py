@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from torchtrim.edits.channel_labels import EqualParts, Layer, varying
-from torchtrim.edits.channel_rules import RULES, OpCall, Rule, Shape, along, joined, rule, shape_of, unknown
+from torchtrim.channels.labels import EqualParts, Layer, varying
+from torchtrim.channels.rules import RULES, OpCall, Rule, Shape, along, joined, rule, shape_of, unknown
 
 _ELEMENTWISE = {
     *("copy", "clone", "contiguous", "detach", "alias", "to", "_to_copy", "lift_fresh", "lift_fresh_copy", "fill"),

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtrim.edits.channel_labels import Channels, Label, Mask, kept_indices
-from torchtrim.edits.channel_math import rule_for
-from torchtrim.edits.channel_rules import OpCall, Shape, shape_of
+from torchtrim.channels.arithmetic import rule_for
+from torchtrim.channels.labels import Channels, Label, Mask, kept_indices
+from torchtrim.channels.rules import OpCall, Shape, shape_of
 from torchtrim.errors import EditError, TorchTrimError
 from torchtrim.graph.copying import has_function_hooks, kept_random_state, structural_copy
 from torchtrim.graph.execution import no_fused_attention

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchtrim.edits.adapter_layers import FitChannels
-from torchtrim.edits.channel_labels import FIXED, Channels, Label, Layer, varying
+from torchtrim.channels.labels import FIXED, Channels, Label, Layer, varying
 
 Shape: TypeAlias = "tuple[int, ...]"
 
@@ -310,7 +309,7 @@ def _pad(call: OpCall) -> None:
                 width = [(max(before, 0), max(after, 0)) if each == axis else (0, 0) for each in range(layer.ndim)]
                 added = np.pad(np.zeros(layer.shape, dtype=bool), width, constant_values=True)
                 layer = np.pad(layer, width, constant_values=FIXED)
-                if isinstance(call.module, FitChannels):  # it can be told to add fewer
+                if getattr(call.module, "pads_channels", False):  # it can be told to add fewer
                     layer[added] = call.channels.new((int(added.sum()),))
         layers.append(layer)
     call.give(call.out, layers)

@@ -1,0 +1,1 @@
+"""Which channels go together: labels followed through a forward, and what they tie."""

@@ -1,0 +1,1 @@
+"""What matters: how much each channel adds to what a model computes."""
