@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,83 +14,17 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrim.channels.arithmetic import rule_for
-from torchtrim.channels.labels import Channels, Label, Mask, kept_indices
-from torchtrim.channels.rules import OpCall, Shape, shape_of
+from torchtrim.channels.labels import Channels, Label
+from torchtrim.channels.rules import OpCall, shape_of
+from torchtrim.channels.run import Flow, ModuleCall, Run, Step, cost_of, shape_after
 from torchtrim.errors import EditError, TorchTrimError
 from torchtrim.graph.copying import has_function_hooks, kept_random_state, structural_copy
 from torchtrim.graph.execution import no_fused_attention
 from torchtrim.graph.fakes import Fakes
 from torchtrim.graph.inputs import Inputs
+from torchtrim.graph.macs import macs_of
 
-
-@dataclass(frozen=True)
-class Step:
-    """One operator that was run.
-
-    Attributes:
-        name: The operator.
-        where: The call, in words.
-        path: The module that made it.
-        outputs: The shape and label of each tensor it gave.
-        start: Where a slice begins, and along which dimension.
-        source: The label of what is sliced.
-    """
-
-    name: str
-    where: str
-    path: str
-    outputs: tuple[tuple[Shape, Label], ...]
-    start: tuple[int, int] | None = None
-    source: Label | None = None
-
-
-@dataclass(frozen=True)
-class ModuleCall:
-    """What a module was given and what it returned: the shape and label of each tensor.
-
-    Attributes:
-        given: Its positional arguments.
-        outputs: What it returned.
-    """
-
-    given: tuple[tuple[Shape, Label], ...]
-    outputs: tuple[tuple[Shape, Label], ...]
-
-
-@dataclass
-class Run:
-    """One forward in one mode.
-
-    Attributes:
-        training: The mode.
-        steps: Every operator, in order.
-        calls: The calls of each module, by its path (its first one), in the order of return.
-        random: Whether random numbers were drawn.
-        joints: The modules whose forward joins a branch that is taken out to others.
-        unclear: Whether a dead summand is not the output of a module: what the sum was without it cannot be told.
-    """
-
-    training: bool
-    steps: list[Step] = field(default_factory=list)
-    calls: dict[str, list[ModuleCall]] = field(default_factory=dict)
-    random: bool = False
-    joints: dict[str, None] = field(default_factory=dict)
-    unclear: bool = False
-
-
-@dataclass
-class Flow:
-    """The channels of a model: what `follow` found.
-
-    Attributes:
-        channels: All channels, and what ties them.
-        tensors: The label of every parameter and buffer, by the identity of the tensor.
-        runs: A forward in eval mode, and one in train mode.
-    """
-
-    channels: Channels
-    tensors: dict[int, Label]
-    runs: list[Run]
+__all__ = ["Flow", "ModuleCall", "Run", "Step", "follow", "rerun", "shape_after"]
 
 
 def follow(model: nn.Module, inputs: Inputs, *, dead: frozenset[str] = frozenset()) -> Flow:
@@ -122,18 +56,6 @@ def rerun(model: nn.Module, inputs: Inputs, training: bool) -> Run:
         EditError: It does not run.
     """
     return _run(model, inputs, training, None, {}, frozenset())
-
-
-def shape_after(shape: Shape, label: Label, gone: Mask) -> Shape | None:
-    """The shape of a value when channels are gone; `None` where what is left of it has gaps."""
-    kept: dict[int, Mask] = {}
-    for layer in label.layers:
-        indices = kept_indices(layer, gone)
-        if indices is None:
-            return None
-        for axis, mask in indices.items():
-            kept[axis] = kept.get(axis, mask) & mask
-    return tuple(int(kept[axis].sum()) if axis in kept else size for axis, size in enumerate(shape))
 
 
 def _labelled(model: nn.Module, channels: Channels) -> Iterator[tuple[torch.Tensor, Label]]:
@@ -202,10 +124,13 @@ class _Follower(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         where = f"`{name}` in {path!r}" if path else f"`{name}` in the model's forward"
         self.run.random |= torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs)
+        read = tuple((shape_of(each), self.label(each)) for each in _tensors((args, kwargs)))
         if self.channels is not None:
             self._label(func, name, args, kwargs, out, results, where, module)
-        outputs = tuple((shape_of(each), self.label(each)) for each in results)
-        step = Step(name, where, path, outputs)
+        made = tuple((shape_of(each), self.label(each)) for each in results)
+        cost = None if self.channels is None else cost_of(func, args, kwargs, out)
+        macs = 0 if cost is None else macs_of(func, args, kwargs, out)
+        step = Step(name, where, path, made, read, macs, cost=cost)
         if name == "slice":
             sliced = _bound(func, args, kwargs)
             axis = sliced["dim"] % sliced["self"].dim()
@@ -304,7 +229,7 @@ def _run(
     batches = dict.fromkeys((max(inputs.batch, 2), inputs.batch))
     for hooks in (False, True)[: 1 + has_function_hooks(model)]:
         for batch in batches:
-            follower = _Follower(Run(training), channels, dead)
+            follower = _Follower(Run(training, batch), channels, dead)
             try:
                 return _run_once(model, inputs.with_batch(batch), follower, tensors, hooks)
             except TorchTrimError:
