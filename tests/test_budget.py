@@ -1,0 +1,103 @@
+"""Budgets: what a limit is, and the smallest choice of channels that keeps it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import torchtrim as tt
+from torchtrim.channels.labels import Mask
+from torchtrim.edits.budget import Budget
+from torchtrim.edits.prune_budget import units_within
+
+
+@pytest.mark.parametrize("limit", [0, -1, math.nan, math.inf, True, "0.5", [1]])
+@pytest.mark.parametrize("name", ["macs", "params", "size_mb", "latency_ms"])
+def test_a_limit_is_a_number_above_zero(name: str, limit: Any) -> None:
+    with pytest.raises(tt.EditError, match="above zero") as told:
+        Budget(**{name: limit})
+    assert told.value.path == f"budget.{name}"
+
+
+def test_a_budget_has_a_limit() -> None:
+    with pytest.raises(tt.EditError, match="without a limit"):
+        Budget()
+
+
+def test_shares_and_absolute_numbers() -> None:
+    original = {"macs": 1000.0, "params": 50.0, "size_mb": 0.2}
+    assert Budget(macs=0.25, params=1, size_mb=0.1).limits(original) == {"macs": 250, "params": 50, "size_mb": 0.1}
+    assert Budget(macs=900).limits(original) == {"macs": 900}
+    assert Budget(latency_ms=3).limits(original) == {}
+    assert str(Budget(macs=0.5, latency_ms=2.5)) == "macs=0.5, latency_ms=2.5"
+
+
+class Layers:
+    """A chain of layers that are narrowed by the same ratio, in steps; each pays for its inputs times its outputs."""
+
+    def __init__(self, widths: list[int], step: int) -> None:
+        self.step = step
+        ends = np.cumsum(widths)
+        self.groups: list[npt.NDArray[np.int64]] = [
+            np.arange(end - width, end) for end, width in zip(ends, widths, strict=True)
+        ]
+
+    def choose(self, ratio: float) -> Mask:
+        gone = np.zeros(sum(map(len, self.groups)), dtype=bool)
+        for units in self.groups:
+            count = round(len(units) * ratio / self.step) * self.step
+            gone[units[: min(count, len(units) - 1)]] = True
+        return gone
+
+    def cost(self, gone: Mask) -> dict[str, float]:
+        widths = [3, *(int((~gone[units]).sum()) for units in self.groups), 10]
+        return {
+            "macs": float(sum(a * b for a, b in itertools.pairwise(widths))),
+            "params": float(sum(widths)),
+        }
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(2, 64), min_size=1, max_size=6), st.sampled_from([1, 2, 8]), st.floats(0.05, 1.0))
+def test_a_budget_is_kept_with_no_more_than_one_ratio_would_take(widths: list[int], step: int, share: float) -> None:
+    net = Layers(widths, step)
+    found = units_within(Budget(macs=share), net.cost, net.choose, net.groups, most=0.9)
+    limit = share * found.original["macs"]
+    assert found.cost == {"macs": net.cost(found.units)["macs"]}
+    if found.missed:
+        assert found.missed == ("macs",)
+        assert (found.units == net.choose(0.9)).all()
+        assert net.cost(found.units)["macs"] > limit
+        return
+    assert found.cost["macs"] <= limit
+    tried = [net.choose(ratio) for ratio in np.linspace(0, 0.9, 400)]
+    assert found.units.sum() <= min(gone.sum() for gone in tried if net.cost(gone)["macs"] <= limit)
+
+
+def test_alike_groups_take_the_last_step_one_after_the_other() -> None:
+    net = Layers([64] * 8, 32)
+    found = units_within(Budget(params=0.8), net.cost, net.choose, net.groups[::-1], most=0.9)
+    widths = [int((~found.units[units]).sum()) for units in net.groups]
+    assert widths == [64, 64, 64, 64, 32, 32, 32, 32]
+
+
+def test_every_limit_is_kept() -> None:
+    net = Layers([64, 64], 1)
+    one = units_within(Budget(macs=0.5), net.cost, net.choose, net.groups, most=0.9)
+    two = units_within(Budget(macs=0.5, params=0.3), net.cost, net.choose, net.groups, most=0.9)
+    assert one.units.sum() < two.units.sum()
+    assert two.cost["macs"] <= 0.5 * two.original["macs"]
+    assert two.cost["params"] <= 0.3 * two.original["params"]
+
+
+def test_nothing_goes_where_the_model_is_within_its_budget() -> None:
+    net = Layers([64, 64], 1)
+    found = units_within(Budget(macs=1), net.cost, net.choose, net.groups, most=0.9)
+    assert not found.units.any() and not found.missed
