@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torchtrim.checkpoint.load import load
     from torchtrim.checkpoint.save import save
     from torchtrim.edits.apply import apply
+    from torchtrim.edits.budget import Budget
     from torchtrim.edits.channels import DeleteChannels, delete_channels
     from torchtrim.edits.cut import Cut, cut
     from torchtrim.edits.edit import Edit
@@ -64,6 +65,7 @@ _HOME = {
     "checkpoint.load": ("load",),
     "checkpoint.save": ("save",),
     "edits.apply": ("apply",),
+    "edits.budget": ("Budget",),
     "edits.channels": ("DeleteChannels", "delete_channels"),
     "edits.cut": ("Cut", "cut"),
     "edits.edit": ("Edit",),
@@ -116,6 +118,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttachHead",
     "Benchmark",
+    "Budget",
     "CheckFailed",
     "CheckpointDamaged",
     "CheckpointError",
