@@ -40,4 +40,5 @@ def test_cost_is_foretold(name: str, channels: dict[str, list[int]]) -> None:
         summary = tt.summary(model, x)
         assert cost.macs(flow, mask) == summary.macs
         assert cost.params(net, flow, mask) == summary.params
+        assert cost.size_mb(net, flow, mask) == pytest.approx(summary.size_mb)
         assert sum(step.macs_after(mask) for step in flow.runs[0].steps) == summary.macs * flow.runs[0].batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -9,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from torchtrim.channels.labels import Label, Layer, Mask, varying
@@ -46,12 +48,31 @@ def params(model: nn.Module, flow: Flow, gone: Mask) -> int:
         flow: Its channels.
         gone: Whether each channel goes.
     """
-    held = [tensor for tensor in model.parameters() if id(tensor) in flow.tensors]
-    rest = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in flow.tensors)
-    if flow not in _PARAMETERS:
-        _PARAMETERS[flow] = _Sizes.of([tuple((shape_of(each), flow.tensors[id(each)]) for each in held)])
-    (shapes,) = _PARAMETERS[flow].after(gone)
-    return rest + sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes)
+    held = list(model.parameters())
+    return sum(_counts(flow, held, gone))
+
+
+def size_mb(model: nn.Module, flow: Flow, gone: Mask) -> float:
+    """The size of a model's parameters and buffers when channels are gone, in MB of a million bytes.
+
+    Args:
+        model: The model that was followed.
+        flow: Its channels.
+        gone: Whether each channel goes.
+    """
+    held = [*model.parameters(), *model.buffers()]
+    counts = _counts(flow, held, gone)
+    return sum(count * tensor.element_size() for count, tensor in zip(counts, held, strict=True)) / 1e6
+
+
+def _counts(flow: Flow, held: Sequence[torch.Tensor], gone: Mask) -> list[int]:
+    """How many values are left of each parameter or buffer."""
+    labels = [flow.tensors.get(id(each), Label()) for each in held]
+    known = _HELD.setdefault(flow, {})
+    if len(held) not in known:
+        known[len(held)] = _Sizes.of([tuple(zip(map(shape_of, held), labels, strict=True))])
+    (shapes,) = known[len(held)].after(gone)
+    return [math.prod(shape) for shape in shapes]
 
 
 def _at_one(step: Step, batch: int, given: Sequence[Shape], outputs: Sequence[Shape]) -> int:
@@ -126,4 +147,4 @@ def _lines(label: Label) -> Iterable[tuple[int, Layer]]:
 
 
 _RUNS: WeakKeyDictionary[Flow, tuple[list[Step], _Sizes]] = WeakKeyDictionary()
-_PARAMETERS: WeakKeyDictionary[Flow, _Sizes] = WeakKeyDictionary()
+_HELD: WeakKeyDictionary[Flow, dict[int, _Sizes]] = WeakKeyDictionary()  # by how many tensors are asked for

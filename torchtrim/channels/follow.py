@@ -22,7 +22,6 @@ from torchtrim.graph.copying import has_function_hooks, kept_random_state, struc
 from torchtrim.graph.execution import no_fused_attention
 from torchtrim.graph.fakes import Fakes
 from torchtrim.graph.inputs import Inputs
-from torchtrim.graph.macs import macs_of
 
 __all__ = ["Flow", "ModuleCall", "Run", "Step", "follow", "rerun", "shape_after"]
 
@@ -128,8 +127,7 @@ class _Follower(TorchDispatchMode):
         if self.channels is not None:
             self._label(func, name, args, kwargs, out, results, where, module)
         made = tuple((shape_of(each), self.label(each)) for each in results)
-        cost = None if self.channels is None else cost_of(func, args, kwargs, out)
-        macs = 0 if cost is None else macs_of(func, args, kwargs, out)
+        macs, cost = (0, None) if self.channels is None else cost_of(func, args, kwargs, out)
         step = Step(name, where, path, made, read, macs, cost=cost)
         if name == "slice":
             sliced = _bound(func, args, kwargs)

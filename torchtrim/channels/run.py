@@ -14,6 +14,7 @@ from torchtrim.channels.rules import Shape
 from torchtrim.graph.macs import macs_of
 
 Values: TypeAlias = "tuple[tuple[Shape, Label], ...]"
+Cost: TypeAlias = Callable[[Sequence[Shape], Sequence[Shape]], int]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Step:
     macs: int = 0
     start: tuple[int, int] | None = None
     source: Label | None = None
-    cost: Callable[[Sequence[Shape], Sequence[Shape]], int] | None = None
+    cost: Cost | None = None
 
     @property
     def static(self) -> bool:
@@ -123,25 +124,26 @@ def shape_after(shape: Shape, label: Label, gone: Mask) -> Shape | None:
     return tuple(int(kept[axis].sum()) if axis in kept else size for axis, size in enumerate(shape))
 
 
-def cost_of(op: Any, args: Any, kwargs: Any, out: Any) -> Callable[[Sequence[Shape], Sequence[Shape]], int] | None:
-    """An operator's multiply-accumulates as a function of the shapes of its tensors; `None` where it has none."""
-    if not macs_of(op, args, kwargs, out):
-        return None
+def cost_of(op: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, Cost | None]:
+    """An operator's multiply-accumulates, and the same as a function of the shapes of its tensors."""
+    now = macs_of(op, args, kwargs, out)
+    if not now:
+        return 0, None
     taken, form = pytree.tree_flatten((args, kwargs))
     given, made = pytree.tree_flatten(out)
-    holes, results = ([isinstance(leaf, torch.Tensor) for leaf in leaves] for leaves in (taken, given))
-    plain = [None if hole else leaf for hole, leaf in zip(holes, taken, strict=True)]
-    rest = [None if hole else leaf for hole, leaf in zip(results, given, strict=True)]
+    plain, rest = ([_HOLE if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves] for leaves in (taken, given))
     known: dict[tuple[Shape, ...], int] = {}
 
     def cost(given: Sequence[Shape], outputs: Sequence[Shape]) -> int:
         key = (*given, *outputs)
         if key not in known:
             sizes = iter([torch.empty(shape, device="meta") for shape in key])
-            filled = [next(sizes) if hole else leaf for hole, leaf in zip(holes, plain, strict=True)]
-            found = [next(sizes) if hole else leaf for hole, leaf in zip(results, rest, strict=True)]
+            filled, found = ([next(sizes) if leaf is _HOLE else leaf for leaf in leaves] for leaves in (plain, rest))
             (args, kwargs), out = pytree.tree_unflatten(filled, form), pytree.tree_unflatten(found, made)
             known[key] = macs_of(op, args, kwargs, out)
         return known[key]
 
-    return cost
+    return now, cost
+
+
+_HOLE = object()  # where a tensor is
