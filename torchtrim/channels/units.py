@@ -1,0 +1,224 @@
+"""Units: the smallest sets of channels that can only go together, such that any choice of them can be taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from torchtrim.channels.labels import FIXED, EqualParts, Layer, varying
+from torchtrim.channels.run import Flow
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Which channels go together.
+
+    Attributes:
+        root: For each channel the least channel of its unit; `FIXED` where it cannot go.
+        first: The same as links alone say it.
+        reasons: Why channels cannot go, by what `first` says of them.
+    """
+
+    root: IntArray
+    first: IntArray
+    reasons: dict[int, str]
+
+    def reason(self, layer: Layer) -> str | None:
+        """Why one of a layer's channels cannot go; `None` where all can."""
+        held = self.first[layer[self.root[layer] == FIXED]].ravel()
+        return next((self.reasons[each] for each in held.tolist() if each in self.reasons), None)
+
+
+def units_of(flow: Flow, protect: Iterable[tuple[Layer, str]] = ()) -> Units:
+    """The units of a model's channels.
+
+    Channels that are tied one by one are one unit; where values are taken apart over several dimensions (attention
+    heads, shuffles), whole rows are; and in parts that must stay equal, the same place of every part, or whole parts.
+
+    Args:
+        flow: The channels.
+        protect: Channels that are to stay, and why.
+    """
+    merge = _Merge.of(flow, protect)
+    implied = _Implied.of(flow)
+    tables = _tables(flow)
+    parts = _by_call(flow.channels.parts)
+    while True:
+        before = merge.root.copy()
+        for layer, axis in getattr(flow.channels, "heads", ()):
+            merge.rows(layer, "the heads of an attention", axis)
+        implied.join(merge)
+        for call in parts:
+            merge.parts(call)
+        implied.join(merge)
+        for layer, where in tables:
+            merge.rows(layer, where)
+        if (merge.root == before).all():
+            return Units(merge.root, merge.first, merge.reasons)
+
+
+def all_layers(flow: Flow) -> list[tuple[Layer, str]]:
+    """Every layer of every value, once, and the call that made it."""
+    found: dict[int, tuple[Layer, str]] = {}
+    for run in flow.runs:
+        for step in run.steps:
+            for _, label in step.outputs:
+                for layer in label.layers:
+                    found.setdefault(id(layer), (layer, step.where))
+    return list(found.values())
+
+
+def _tables(flow: Flow) -> list[tuple[Layer, str]]:
+    """Every layer over several dimensions, once."""
+    found: dict[tuple[tuple[int, ...], bytes], tuple[Layer, str]] = {}
+    for layer, where in (*flow.channels.tables, *all_layers(flow)):
+        if len(varying(layer)) > 1:
+            found.setdefault((layer.shape, layer.tobytes()), (layer, where))
+    return list(found.values())
+
+
+def _by_call(parts: Sequence[EqualParts]) -> list[list[EqualParts]]:
+    """The parts of each call (what it reads and what it writes): all of them go by rows, or all by columns."""
+    calls: dict[tuple[str, int], dict[bytes, EqualParts]] = {}
+    for part in parts:
+        calls.setdefault((part.where, len(part.channels)), {}).setdefault(part.channels.tobytes(), part)
+    return [list(call.values()) for call in calls.values()]
+
+
+@dataclass(eq=False)
+class _Merge:
+    """Channels while they are merged."""
+
+    root: IntArray
+    first: IntArray
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(flow: Flow, protect: Iterable[tuple[Layer, str]]) -> _Merge:
+        """Merged as links say; what is linked to what cannot go is `FIXED`."""
+        channels = flow.channels
+        pins = [(layer.ravel(), why) for layer, why in protect]
+        for run in flow.runs:
+            for call in run.calls.get("", ()):
+                outputs = [layer for _, label in call.outputs for layer in label.layers]
+                pins += [(layer.ravel(), "the model's output has its width") for layer in outputs]
+        one, other = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for left, right, why in channels._links:
+            held = (left == FIXED) | (right == FIXED)
+            if held.any():
+                pins.append((np.maximum(left, right)[held], f"it runs together with what cannot be narrowed at {why}"))
+            if not held.all():
+                one.append(left[~held])
+                other.append(right[~held])
+        merge = _Merge(np.arange(channels.count, dtype=np.int64), np.zeros(0, np.int64))
+        merge.join(np.concatenate(one), np.concatenate(other))
+        merge.first = merge.root.copy()
+        held_by = np.concatenate([np.full(held.size, number) for number, (held, _) in enumerate(pins)])
+        roots, places = np.unique(merge.first[np.concatenate([held for held, _ in pins])], return_index=True)
+        merge.reasons = {
+            int(root): pins[number][1] for root, number in zip(roots.tolist(), held_by[places].tolist(), strict=True)
+        }
+        merge._hold(roots)
+        return merge
+
+    def _hold(self, roots: IntArray) -> None:
+        held = np.zeros(self.root.shape, dtype=bool)
+        held[roots] = True
+        self.root[held[self.root]] = FIXED
+
+    def pin(self, channels: Layer, why: str) -> None:
+        """Hold channels fast."""
+        roots = np.unique(self.root[channels])
+        self._because(roots, why)
+        self._hold(roots)
+
+    def _because(self, roots: IntArray, why: str) -> None:
+        for each in np.unique(self.first[np.isin(self.root, roots[roots != FIXED])]).tolist():
+            self.reasons.setdefault(each, why)
+
+    def join(self, one: IntArray, other: IntArray, why: str = "") -> None:
+        """Merge channels, each with the one at its place in the other array."""
+        root = self.root
+        while True:
+            left, right = root[one], root[other]
+            apart = left != right
+            if not apart.any():
+                return
+            one, other = one[apart], other[apart]
+            low, high = np.minimum(left, right)[apart], np.maximum(left, right)[apart]
+            if (low == FIXED).any():
+                self._because(high[low == FIXED], why)
+            np.minimum.at(root, high, low)
+            while (root[root] != root).any():
+                root[:] = root[root]
+
+    def rows(self, layer: Layer, where: str, axis: int | None = None) -> None:
+        """Merge a table's slices along one dimension, so that what stays of it has no gaps.
+
+        Args:
+            layer: The table.
+            where: The call.
+            axis: The dimension; by default that which leaves the most units.
+        """
+        cells = self.root[layer]
+        choices = sorted(varying(layer)) if axis is None else [axis]
+        flat = {each: np.moveaxis(cells, each, 0).reshape(cells.shape[each], -1) for each in choices}
+        if not any(bool((each == each[:, :1]).all()) for each in flat.values()):
+            self._slices(max(flat.values(), key=_units_left), f"its channels are taken apart at {where}")
+
+    def parts(self, call: list[EqualParts]) -> None:
+        """Merge parts that must stay equal: whole ones where these are more, else the same place in each."""
+        cells = [self.root[part.channels] for part in call]
+        by_rows = all(part.whole for part in call) and len(cells[0]) >= min(each.shape[1] for each in cells)
+        for part, each in zip(call, cells, strict=True):
+            self._slices(each if by_rows else each.T, f"its parts must stay equal at {part.where}")
+
+    def _slices(self, table: Layer, why: str) -> None:
+        self.join(table[:, 1:].ravel(), np.repeat(table[:, :1], table.shape[1] - 1, axis=1).ravel(), why)
+
+
+def _units_left(table: Layer) -> int:
+    """How many units are left of a table whose rows are merged."""
+    values, numbers = np.unique(np.append(table, FIXED), return_inverse=True)  # `FIXED` is the least, so it stays 0
+    merge = _Merge(np.arange(values.size), np.arange(values.size))
+    merge._slices(numbers[:-1].reshape(table.shape), "")
+    left = np.unique(merge.root[numbers[:-1]])
+    return int((left != FIXED).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class _Implied:
+    """What goes where others go, the conditions one after the other.
+
+    Attributes:
+        starts: Where each condition begins.
+        channels: The channels of all of them.
+        ends: What follows of each, and why.
+    """
+
+    starts: IntArray
+    channels: Layer
+    ends: list[tuple[Layer, str]]
+
+    @staticmethod
+    def of(flow: Flow) -> _Implied:
+        implied = [each for each in flow.channels._implied if each[0].size]
+        starts = np.cumsum([0, *(before.size for before, _, _ in implied)])[:-1].astype(np.int64)
+        cells = [before for before, _, _ in implied] or [np.zeros(0, np.int64)]
+        return _Implied(starts, np.concatenate(cells), [(after, why) for _, after, why in implied])
+
+    def join(self, merge: _Merge) -> None:
+        """Where one unit alone takes others with it, they are one."""
+        if not self.ends:
+            return
+        roots = merge.root[self.channels]
+        low, high = np.minimum.reduceat(roots, self.starts), np.maximum.reduceat(roots, self.starts)
+        for number in np.flatnonzero((low == high) & (low != FIXED)).tolist():
+            ends, why = self.ends[number]
+            merge.join(np.full(ends.shape, low[number]), ends, why)
