@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from torchtrim.recipe.recipe import Recipe
     from torchtrim.train.freeze import freeze, unfreeze
     from torchtrim.train.groups import param_groups
+    from torchtrim.train.optimizer import Synced, sync_optimizer
+    from torchtrim.train.recalibrate import Recalibration, recalibrate_batchnorm
 
 _HOME = {
     "bench.latency": ("Benchmark", "benchmark"),
@@ -111,6 +113,8 @@ _HOME = {
     "recipe.recipe": ("Recipe",),
     "train.freeze": ("freeze", "unfreeze"),
     "train.groups": ("param_groups",),
+    "train.optimizer": ("Synced", "sync_optimizer"),
+    "train.recalibrate": ("Recalibration", "recalibrate_batchnorm"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -148,12 +152,14 @@ __all__ = [
     "Old",
     "PathError",
     "Plan",
+    "Recalibration",
     "Recipe",
     "RecipeError",
     "Remove",
     "Replace",
     "SelectionError",
     "Summary",
+    "Synced",
     "TorchTrimError",
     "TorchTrimWarning",
     "TraceError",
@@ -175,10 +181,12 @@ __all__ = [
     "load_model",
     "param_groups",
     "plan",
+    "recalibrate_batchnorm",
     "remove",
     "replace",
     "save",
     "summary",
+    "sync_optimizer",
     "trace",
     "unfreeze",
     "verify_onnx",

@@ -37,8 +37,14 @@ class Calibration:
     taken: set[str] = field(default_factory=set)
 
     @staticmethod
-    def of(data: Iterable[Any] | None, model: nn.Module, example: Inputs) -> Calibration:
+    def of(data: Iterable[Any] | None, model: nn.Module, example: Inputs, *, what: str = "healing") -> Calibration:
         """Read what a user gives.
+
+        Args:
+            data: What the user gave.
+            model: Whose arguments the batches are.
+            example: Example inputs of it.
+            what: What the data is for, in words.
 
         Raises:
             InputError: There is none, it can be gone through only once, it holds too little to judge by, or a batch
@@ -52,9 +58,9 @@ class Calibration:
         """
         if data is None:
             raise InputError(
-                "healing looks at what flows through the model, so it needs data",
+                f"{what} looks at what flows through the model, so it needs data",
                 expected="data=, an iterable of batches (tensors, (inputs, targets) pairs or dicts)",
-                hint="data=loader, some hundred unlabelled inputs; or heal=None",
+                hint="data=loader, some hundred unlabelled inputs" + ("; or heal=None" if what == "healing" else ""),
             )
         if isinstance(data, (torch.Tensor, Mapping)):
             data = [data]
@@ -64,7 +70,7 @@ class Calibration:
             )
         if iter(data) is data:
             raise InputError(
-                "healing goes through the data several times, and this can be gone through once",
+                f"{what} goes through the data several times, and this can be gone through once",
                 found=type(data).__name__,
                 hint="data=list(batches), or a DataLoader",
             )
@@ -75,32 +81,32 @@ class Calibration:
             if count >= _LEAST:
                 return found
         raise InputError(
-            "too little data to heal on", path="data", found=f"{count} inputs", expected=f"{_LEAST} or more"
+            f"too little data for {what}", path="data", found=f"{count} inputs", expected=f"{_LEAST} or more"
         )
 
-    def to_fit(self) -> Iterator[Inputs]:
-        """What is fitted on, in pieces of a few rows."""
-        yield from self._pieces(lambda row: row % _HELD_BACK != _HELD_BACK - 1)
+    def to_fit(self, rows: int = _ROWS) -> Iterator[Inputs]:
+        """What is fitted on, in pieces of at most so many rows."""
+        yield from self._pieces(lambda row: row % _HELD_BACK != _HELD_BACK - 1, rows=rows)
 
-    def all(self) -> Iterator[Inputs]:
+    def all(self, rows: int = _ROWS) -> Iterator[Inputs]:
         """Everything, likewise."""
-        yield from self._pieces(lambda row: True)
+        yield from self._pieces(lambda row: True, rows=rows)
 
     def held_back(self) -> Iterator[Inputs]:
         """What is judged by, likewise: one row in five, up to some hundreds."""
         yield from self._pieces(lambda row: row % _HELD_BACK == _HELD_BACK - 1, _MOST_HELD)
 
-    def _pieces(self, wanted: Callable[[int], bool], most: int | None = None) -> Iterator[Inputs]:
+    def _pieces(self, wanted: Callable[[int], bool], most: int | None = None, *, rows: int = _ROWS) -> Iterator[Inputs]:
         start = found = 0
         for number, batch in enumerate(self.data):
             inputs = self._read(number, batch)
             size = inputs.batch
-            rows = [row for row in range(size) if wanted(start + row)]
+            taken = [row for row in range(size) if wanted(start + row)]
             start += size
-            for piece in range(0, len(rows), _ROWS):
+            for piece in range(0, len(taken), rows):
                 if most is not None and found >= most:
                     return
-                chosen = rows[piece : piece + _ROWS]
+                chosen = taken[piece : piece + rows]
                 found += len(chosen)
                 part = _taken(inputs, chosen, size).map(self._on_device)
                 self._refuse_untaken(number, part)
