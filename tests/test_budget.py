@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import torchtrim as tt
 from torchtrim.channels.labels import Mask
 from torchtrim.edits.budget import Budget
-from torchtrim.edits.prune_budget import units_within
+from torchtrim.edits.prune_budget import smallest
+from torchtrim.search.share import Try, largest_share
 
 
 @pytest.mark.parametrize("limit", [0, -1, math.nan, math.inf, True, "0.5", [1]])
@@ -68,7 +69,7 @@ class Layers:
 @given(st.lists(st.integers(2, 64), min_size=1, max_size=6), st.sampled_from([1, 2, 8]), st.floats(0.05, 1.0))
 def test_a_budget_is_kept_with_no_more_than_one_ratio_would_take(widths: list[int], step: int, share: float) -> None:
     net = Layers(widths, step)
-    found = units_within(Budget(macs=share), net.cost, net.choose, net.groups, most=0.9)
+    found = smallest(Budget(macs=share), net.cost, net.choose, net.groups, most=0.9)
     limit = share * found.original["macs"]
     assert found.cost == {"macs": net.cost(found.units)["macs"]}
     if found.missed:
@@ -83,15 +84,15 @@ def test_a_budget_is_kept_with_no_more_than_one_ratio_would_take(widths: list[in
 
 def test_alike_groups_take_the_last_step_one_after_the_other() -> None:
     net = Layers([64] * 8, 32)
-    found = units_within(Budget(params=0.8), net.cost, net.choose, net.groups[::-1], most=0.9)
+    found = smallest(Budget(params=0.8), net.cost, net.choose, net.groups[::-1], most=0.9)
     widths = [int((~found.units[units]).sum()) for units in net.groups]
     assert widths == [64, 64, 64, 64, 32, 32, 32, 32]
 
 
 def test_every_limit_is_kept() -> None:
     net = Layers([64, 64], 1)
-    one = units_within(Budget(macs=0.5), net.cost, net.choose, net.groups, most=0.9)
-    two = units_within(Budget(macs=0.5, params=0.3), net.cost, net.choose, net.groups, most=0.9)
+    one = smallest(Budget(macs=0.5), net.cost, net.choose, net.groups, most=0.9)
+    two = smallest(Budget(macs=0.5, params=0.3), net.cost, net.choose, net.groups, most=0.9)
     assert one.units.sum() < two.units.sum()
     assert two.cost["macs"] <= 0.5 * two.original["macs"]
     assert two.cost["params"] <= 0.3 * two.original["params"]
@@ -99,5 +100,44 @@ def test_every_limit_is_kept() -> None:
 
 def test_nothing_goes_where_the_model_is_within_its_budget() -> None:
     net = Layers([64, 64], 1)
-    found = units_within(Budget(macs=1), net.cost, net.choose, net.groups, most=0.9)
+    found = smallest(Budget(macs=1), net.cost, net.choose, net.groups, most=0.9)
     assert not found.units.any() and not found.missed
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.floats(0, 0.6),  # what does not fall with the cost
+    st.floats(0.6, 1.6),  # how the rest falls
+    st.floats(0.65, 0.97),
+    st.lists(st.floats(-0.01, 0.01), min_size=6, max_size=6),
+)
+def test_the_largest_share_within_a_latency(floor: float, power: float, limit: float, noise: list[float]) -> None:
+    wobbles = iter(noise)
+
+    def measure(share: float) -> Try[None]:
+        return Try(share, 10 * (floor + (1 - floor) * share**power) * (1 + next(wobbles)), None)
+
+    best, tried = largest_share(10 * limit, Try(1.0, 10.0, None), measure)
+    assert best in tried and len(tried) <= 6
+    assert 10 * limit * 0.9 <= best.ms <= 10 * limit
+
+
+def test_a_latency_that_is_out_of_reach_gives_the_fastest_there_is() -> None:
+    asked = []
+
+    def measure(share: float) -> Try[str]:
+        asked.append(share)
+        share = max(share, 0.4)
+        return Try(share, 10 * share, "smallest" if share == 0.4 else "larger", smaller=share > 0.4)
+
+    best, tried = largest_share(3.0, Try(1.0, 10.0, "whole"), measure)
+    assert (best.model, best.ms) == ("smallest", 4.0)
+    assert len(tried) == len(asked) == 1
+
+
+def test_a_share_in_coarse_steps_is_not_measured_again_and_again() -> None:
+    def measure(share: float) -> Try[None]:
+        return Try(share // 0.25 * 0.25, 10 * (share // 0.25 * 0.25), None)
+
+    best, tried = largest_share(6.0, Try(1.0, 10.0, None), measure)
+    assert len(tried) <= 3 and best.share == 0.5

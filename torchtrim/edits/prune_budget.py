@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
+from torchtrim.channels.cost import macs, params, size_mb
+from torchtrim.channels.groups import Dependencies
 from torchtrim.channels.labels import Mask
 from torchtrim.edits.budget import Budget
 from torchtrim.graph.summary import short
@@ -51,6 +54,48 @@ class Within:
 
 def units_within(
     budget: Budget,
+    model: nn.Module,
+    dependencies: Dependencies,
+    scores: npt.NDArray[np.float64],
+    choose: Callable[[float], Mask],
+    *,
+    most: float,
+) -> Within:
+    """The smallest choice of a model's units that keeps the computed limits of a budget.
+
+    Args:
+        budget: The limits; its latency is left aside.
+        model: The model that was followed.
+        dependencies: Its groups of units.
+        scores: The importance of each unit.
+        choose: The units that go at a ratio, `(units,)`. At a larger ratio more go.
+        most: The largest ratio to try.
+
+    Returns:
+        The choice. Where no choice keeps all limits, that of the largest ratio, and what it misses.
+    """
+    flow = dependencies.flow
+
+    def cost(units: Mask) -> Cost:
+        gone = dependencies.gone(units)
+        found: dict[str, float] = {}
+        for name in budget.computed:
+            if name == "macs":
+                found[name] = macs(flow, gone)
+            else:
+                found[name] = params(model, flow, gone) if name == "params" else size_mb(model, flow, gone)
+        return found
+
+    together: dict[int, list[npt.NDArray[np.int64]]] = {}
+    for group in dependencies.groups:
+        together.setdefault(group.family, []).append(group.units)
+    families = [np.concatenate(each) for each in together.values()]
+    families.sort(key=lambda units: float(np.median(scores[units])))
+    return smallest(budget, cost, choose, families, most=most)
+
+
+def smallest(
+    budget: Budget,
     cost: Callable[[Mask], Cost],
     choose: Callable[[float], Mask],
     families: Sequence[npt.NDArray[np.int64]],
@@ -78,7 +123,7 @@ def units_within(
         ...     return np.tile(np.arange(4) < round(4 * ratio), 2)
         >>> def cost(units):
         ...     return {"macs": float((~units[:4]).sum() * (~units[4:]).sum())}
-        >>> found = units_within(Budget(macs=0.5), cost, choose, [np.arange(4), np.arange(4, 8)], most=0.9)
+        >>> found = smallest(Budget(macs=0.5), cost, choose, [np.arange(4), np.arange(4, 8)], most=0.9)
         >>> found.units.astype(int), found.cost
         (array([1, 1, 0, 0, 1, 0, 0, 0]), {'macs': 6.0})
     """
