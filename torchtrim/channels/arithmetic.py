@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from torchtrim.channels.labels import EqualParts, Layer, varying
-from torchtrim.channels.rules import RULES, OpCall, Rule, Shape, along, joined, rule, shape_of, unknown
+from torchtrim.channels.rules import RULES, OpCall, Rule, Shape, along, joined, rule, shape_of, tensors_in, unknown
 
 _ELEMENTWISE = {
     *("copy", "clone", "contiguous", "detach", "alias", "to", "_to_copy", "lift_fresh", "lift_fresh_copy", "fill"),
@@ -53,19 +52,15 @@ def rule_for(op: Any) -> Rule:
     return _batch_norm if name.startswith(_NORMS) else unknown
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
 def _aligned(layer: Layer, ndim: int) -> Layer:
     return layer.reshape((1,) * (ndim - layer.ndim) + layer.shape)
 
 
 def _elementwise(call: OpCall) -> None:
-    outs = _tensors(call.out)
+    outs = tensors_in(call.out)
     ndim = max((out.dim() for out in outs), default=0)
     operands = []
-    for tensor in _tensors(call.arguments):
+    for tensor in tensors_in(call.arguments):
         if tensor.dim() <= ndim:
             layers = [_aligned(layer, ndim) for layer in call.layers(tensor)]
             operands.append((layers, (1,) * (ndim - tensor.dim()) + shape_of(tensor)))
@@ -86,7 +81,7 @@ def _reduction(call: OpCall) -> None:
     reduced = {axis % max(source.dim(), 1) for axis in axes} if axes else set(range(source.dim()))
     mixes = not call.static
     layers = _without(call, call.layers(source), reduced, mixes=mixes)
-    for out in _tensors(call.out):
+    for out in tensors_in(call.out):
         kept = layers
         if out.dim() < source.dim():
             shape = [axis for axis in range(source.dim()) if axis not in reduced]
@@ -136,7 +131,7 @@ def _spatial(call: OpCall) -> None:
     source = call["self"]
     space = range(2 if source.dim() > 3 else source.dim() - (2 if "2d" in call.name else 1), source.dim())
     layers = [call.channels.fixed_along(layer, space, call.where) for layer in call.layers(source)]
-    for out in _tensors(call.out):
+    for out in tensors_in(call.out):
         call.give(out, layers)
 
 
@@ -208,7 +203,7 @@ def _attention(call: OpCall) -> None:
     first, *others = call.out
     layers = _contract(call, "bhnd,bhmd,bhme->bhne", [call["query"], call["key"], call["value"]])
     call.give(first, layers)
-    call.set_aside(_tensors(others))
+    call.set_aside(tensors_in(others))
     mask = call.arguments.get("attn_mask", call.arguments.get("attn_bias"))
     if isinstance(mask, torch.Tensor):
         call.pin(call.layers(mask))
@@ -302,7 +297,7 @@ def _batch_norm(call: OpCall) -> None:
     layers = joined(call.channels, operands, call.where)
     # What is normalised over has channels of its own where a weight is standardised.
     call.channels.mixed += [layer for layer in layers if varying(layer) != {1}]
-    first, *others = _tensors(call.out)
+    first, *others = tensors_in(call.out)
     call.give(first, layers)
     call.set_aside(others)
 
@@ -323,7 +318,7 @@ def _group_norm(call: OpCall) -> None:
     if groups > 1:
         whole = isinstance(call.module, nn.GroupNorm)
         call.channels.parts.append(EqualParts(vector.reshape(groups, -1), whole, call.where))
-    first, *others = _tensors(call.out)
+    first, *others = tensors_in(call.out)
     call.give(first, [along(vector, 1, source.dim())])
     call.set_aside(others)
 
@@ -342,6 +337,6 @@ def _layer_norm(call: OpCall) -> None:
     for layer in layers:
         if any(axis >= ndim - count for axis in varying(layer)):
             call.channels.mixed.append(layer)
-    first, *others = _tensors(call.out)
+    first, *others = tensors_in(call.out)
     call.give(first, layers)
     call.set_aside(others)

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrim.channels.arithmetic import rule_for
 from torchtrim.channels.labels import Channels, Label
-from torchtrim.channels.rules import OpCall, shape_of
+from torchtrim.channels.rules import OpCall, shape_of, tensors_in
 from torchtrim.channels.run import Flow, ModuleCall, Run, Step, cost_of, shape_after
 from torchtrim.errors import EditError, TorchTrimError
-from torchtrim.graph.copying import has_function_hooks, kept_random_state, structural_copy
+from torchtrim.graph.copying import has_function_hooks, kept_random_state, paused_collection, structural_copy
 from torchtrim.graph.execution import no_fused_attention
 from torchtrim.graph.fakes import Fakes
 from torchtrim.graph.inputs import Inputs
@@ -42,9 +41,8 @@ def follow(model: nn.Module, inputs: Inputs, *, dead: frozenset[str] = frozenset
     """
     channels = Channels()
     tensors = {id(tensor): label for tensor, label in _labelled(model, channels)}
-    runs = []
-    for training in (False, True):
-        runs.append(_run(model, inputs, training, channels, tensors, dead))
+    with paused_collection():
+        runs = [_run(model, inputs, training, channels, tensors, dead) for training in (False, True)]
     return Flow(channels, tensors, runs)
 
 
@@ -116,14 +114,14 @@ class _Follower(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         out = func(*args, **kwargs)
-        results = _tensors(out)
+        results = tensors_in(out)
         if not results:
             return out
         path, module = self.stack[-1] if self.stack else ("", None)
         name = func._schema.name.partition("::")[2]
         where = f"`{name}` in {path!r}" if path else f"`{name}` in the model's forward"
         self.run.random |= torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs)
-        read = tuple((shape_of(each), self.label(each)) for each in _tensors((args, kwargs)))
+        read = tuple((shape_of(each), self.label(each)) for each in tensors_in((args, kwargs)))
         if self.channels is not None:
             self._label(func, name, args, kwargs, out, results, where, module)
         made = tuple((shape_of(each), self.label(each)) for each in results)
@@ -141,7 +139,7 @@ class _Follower(TorchDispatchMode):
         self, func: Any, name: str, args: Any, kwargs: Any, out: Any, results: Any, where: str, module: Any
     ) -> None:
         channels = self.channels
-        given = _tensors((args, kwargs))
+        given = tensors_in((args, kwargs))
         labels = [self.label(tensor) for tensor in given]
         if not given or channels is None:
             return
@@ -190,10 +188,6 @@ class _Follower(TorchDispatchMode):
                 expected="a branch that is concatenated, or added",
                 hint="tt.remove, or leave a channel",
             )
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:
@@ -260,7 +254,7 @@ def _run_once(model: nn.Module, inputs: Inputs, follower: _Follower, tensors: di
         stack.enter_context(follower)
         outputs = given.call(twin)
     if follower.channels is not None:
-        for label in map(follower.label, _tensors(outputs)):
+        for label in map(follower.label, tensors_in(outputs)):
             if label.dead:
                 raise EditError("every channel of the model's output would go", hint="leave a channel")
     return run
@@ -294,7 +288,7 @@ def _watch(twin: nn.Module, follower: _Follower) -> None:
         def note(module: nn.Module, args: Any, output: Any) -> None:
             while follower.stack.pop()[1] is not module:
                 continue
-            found = _tensors(output)
+            found = tensors_in(output)
             if path in follower.dead:
                 for tensor in found:
                     follower.give(tensor, Label(dead=True))
@@ -302,7 +296,7 @@ def _watch(twin: nn.Module, follower: _Follower) -> None:
             follower.run.calls.setdefault(path, []).append(
                 ModuleCall(
                     *(
-                        tuple((shape_of(each), follower.label(each)) for each in _tensors(side))
+                        tuple((shape_of(each), follower.label(each)) for each in tensors_in(side))
                         for side in (args, output)
                     )
                 )

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from torchtrim.channels.labels import FIXED, Channels, Label, Layer, varying
 
@@ -89,6 +90,17 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def shape_of(tensor: torch.Tensor) -> Shape:
     """A tensor's shape, as plain numbers."""
     return tuple(int(size) for size in tensor.shape)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Every tensor in arguments or results, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if type(value) in (tuple, list, dict):
+        return [tensor for item in (value.values() if type(value) is dict else value) for tensor in tensors_in(item)]
+    if value is None or type(value) in (int, float, bool, str):
+        return []
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def along(vector: Layer, axis: int, ndim: int) -> Layer:
@@ -386,12 +398,10 @@ def _new(call: OpCall) -> None:
 def unknown(call: OpCall) -> None:
     """Whatever goes into an operator without a rule cannot be narrowed."""
     why = f"no rule says how channels go through {call.where}"
-    for tensor in torch.utils._pytree.tree_leaves(call.arguments):
-        if isinstance(tensor, torch.Tensor):
-            call.pin(call.layers(tensor), why)
-    for tensor in torch.utils._pytree.tree_leaves(call.out):
-        if isinstance(tensor, torch.Tensor):
-            call.give(tensor, ())
+    for tensor in tensors_in(call.arguments):
+        call.pin(call.layers(tensor), why)
+    for tensor in tensors_in(call.out):
+        call.give(tensor, ())
 
 
 def joined(channels: Channels, operands: Sequence[tuple[Sequence[Layer], Shape]], why: str) -> list[Layer]:
