@@ -82,10 +82,11 @@ class _Work:
         return torch.randn(batch, *self.x.shape[1:])
 
     def prune(self) -> dict[str, Any]:
-        before, memory = _state(self.model), _Memory()
+        before, memory = _state(self.model), Memory()
         began = time.perf_counter()
         if self.engine == "torch-pruning":
-            self.net = plain(self.model, self.x, self.ratio, self.round_to)
+            plain_pruner(self.model, self.x, self.ratio, self.round_to).step()
+            self.net = self.model
         else:
             self.net = tt.prune_channels(
                 self.model, self.x, self.ratio, round_to=self.round_to, check=self.engine != "onnx"
@@ -205,7 +206,7 @@ class _Work:
         return {"report": str(report)[:400]}
 
 
-def plain(model: nn.Module, x: torch.Tensor, ratio: float, round_to: int) -> nn.Module:
+def plain_pruner(model: nn.Module, x: torch.Tensor, ratio: float, round_to: int) -> Any:
     """torch-pruning as its guide says: group magnitude, and the layers of as many outputs as the model protected."""
     import torch_pruning as tp
 
@@ -216,9 +217,7 @@ def plain(model: nn.Module, x: torch.Tensor, ratio: float, round_to: int) -> nn.
         for module in model.modules()
         if getattr(module, "out_features", getattr(module, "out_channels", None)) == classes
     ]
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    pruner = tp.pruner.BasePruner(
+    return tp.pruner.BasePruner(
         model,
         (x,),
         importance=tp.importance.GroupMagnitudeImportance(p=2),
@@ -228,8 +227,6 @@ def plain(model: nn.Module, x: torch.Tensor, ratio: float, round_to: int) -> nn.
         num_heads={},
         channel_groups={},
     )
-    pruner.step()
-    return model
 
 
 def removed_in(edit: Any) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -254,7 +251,7 @@ def count_macs(model: nn.Module, x: torch.Tensor) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-class _Memory:
+class Memory:
     """The peak of this process from now on, above what it holds now (Linux: the high-water mark is set back)."""
 
     def __init__(self) -> None:
