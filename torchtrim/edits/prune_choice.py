@@ -1,0 +1,131 @@
+"""What a pruning asks for, as a choice of units: by ratio, by thresholds or within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchtrim.channels.groups import Dependencies, Group
+from torchtrim.channels.labels import Mask
+from torchtrim.channels.select import FloatArray, select
+from torchtrim.edits.prune_budget import Within, units_within
+from torchtrim.edits.work import Work
+from torchtrim.errors import EditError, InputError, SelectionError, nearest
+from torchtrim.importance.channels import Importance, scores, silent
+
+if TYPE_CHECKING:
+    from torchtrim.edits.prune import PruneChannels
+
+
+@dataclass(eq=False)
+class Choice:
+    """Which units go, as asked: a function of the groups that are left alone.
+
+    Attributes:
+        asked: The edit.
+        work: What it works on.
+        found: The groups of the model.
+        scores: The importance of each unit.
+        silent: The groups (by their number) of which the criterion says nothing, and why.
+        notes: What the user should know.
+        within: What a budget came to.
+    """
+
+    asked: PruneChannels
+    work: Work
+    found: Dependencies
+    scores: FloatArray
+    silent: dict[int, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    within: Within | None = None
+
+    @staticmethod
+    def of(asked: PruneChannels, work: Work, found: Dependencies) -> Choice:
+        """Score the units.
+
+        Raises:
+            TorchTrimError: The criterion cannot, as `importance.channels.scores` says.
+        """
+        importance: Importance = asked.given.get("importance", asked.importance)
+        loss, notes = asked.given.get("loss"), []
+        try:
+            values = scores(work.model, found, importance, data=work.data, loss=loss, inputs=work.inputs)
+        except InputError:
+            if not work.planning or work.data is not None:
+                raise
+            values = scores(work.model, found)
+            notes.append(f"planned by magnitude, as there is no data: {asked.importance} may choose others")
+        nothing = {
+            number: silent(importance)
+            for number, group in enumerate(found.groups)
+            if np.isnan(values[group.units]).any()
+        }
+        return Choice(asked, work, found, np.nan_to_num(values), nothing, notes)
+
+    def __call__(self, left: Collection[int]) -> Mask:
+        """The units that go when some more groups are left alone."""
+        allowed = np.ones(len(self.found.groups))
+        allowed[[*left, *self.silent]] = 0.0
+        asked = self.asked
+        if asked.budget is None:
+            return self._select(self._ratios() * allowed)
+        if asked.budget.latency_ms is not None:
+            raise EditError(
+                "a latency is measured, not computed",
+                path="budget.latency_ms",
+                hint="tt.prune_channels, which measures",
+            )
+        self.within = units_within(
+            asked.budget,
+            self.work.model,
+            self.found,
+            self.scores,
+            lambda ratio: self._select(ratio * allowed),
+            most=asked.max_ratio,
+        )
+        return self.within.units
+
+    def _select(self, ratios: FloatArray) -> Mask:
+        asked = self.asked
+        scope = "uniform" if asked.thresholds is not None else asked.scope
+        sizes = {"round_to": asked.round_to, "min_channels": asked.min_channels}
+        return select(self.found, self.scores, ratios, scope, max_ratio=asked.max_ratio, **sizes)
+
+    def _ratios(self) -> FloatArray:
+        groups = self.found.groups
+        if self.asked.thresholds is not None:
+            from torchtrim.importance.thresholds import ratios_below
+
+            shares = ratios_below(self.found, self.scores, self.asked.thresholds)
+            return np.array([shares.get(group.name, 0.0) for group in groups])
+        asked: Any = self.asked.ratio
+        if not isinstance(asked, Mapping):
+            return np.full(len(groups), float(asked))
+        written = [_written(group) for group in groups]
+        for pattern in asked:
+            if not any(_fits(pattern, paths) for paths in written):
+                self._refuse(pattern, [path for paths in written for path in paths])
+        return np.array([next((asked[each] for each in asked if _fits(each, paths)), 0.0) for paths in written])
+
+    def _refuse(self, pattern: str, paths: list[str]) -> None:
+        reasons = [why for path, why in self.found.left_alone.items() if _fits(pattern, [path])]
+        if reasons:
+            raise EditError(f"its channels cannot go: {reasons[0]}", path=pattern)
+        raise SelectionError(
+            "no layer whose channels can go fits",
+            path=pattern,
+            hint=nearest(pattern, paths) or "a path that tt.plan lists",
+        )
+
+
+def _written(group: Group) -> list[str]:
+    """The paths of the layers that write a group."""
+    return [group.name, *(each.path.rpartition(".")[0] for each in group.members if each.role == "writes")]
+
+
+def _fits(pattern: str, paths: list[str]) -> bool:
+    return any(path == pattern or fnmatchcase(path, pattern) for path in paths)

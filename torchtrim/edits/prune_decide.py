@@ -1,0 +1,122 @@
+"""Decide which channels go: choose them, try the narrower model on shapes alone, leave alone what does not follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from torchtrim.channels.follow import Flow
+from torchtrim.channels.groups import Dependencies, Group
+from torchtrim.channels.labels import Layer, Mask
+from torchtrim.edits.channel_check import check_shapes
+from torchtrim.edits.channel_narrow import Narrowing, narrow, narrowings, tell_the_truth
+from torchtrim.edits.work import Work
+from torchtrim.errors import EditError
+from torchtrim.graph.copying import structural_copy
+
+
+@dataclass(eq=False)
+class Decision:
+    """The channels that go.
+
+    Attributes:
+        units: Whether each unit goes.
+        gone: Whether each channel goes.
+        left_alone: The groups (by their number) that cannot go after all, and why.
+    """
+
+    units: Mask
+    gone: Mask
+    left_alone: dict[int, str] = field(default_factory=dict)
+
+
+def decide(work: Work, found: Dependencies, choose: Callable[[Collection[int]], Mask]) -> Decision:
+    """Choose channels such that the narrower model runs, every shape being as foretold.
+
+    Where it does not run, the groups at fault are left alone, and it is tried again.
+
+    Args:
+        work: The model, which is left as it is.
+        found: Its groups.
+        choose: The units that go when some groups (by their number) are to be left alone.
+    """
+    group_of = np.full(found.count + 1, -1)
+    for number, group in enumerate(found.groups):
+        group_of[group.units] = number
+    left: dict[int, str] = {}
+    while True:
+        units = choose(left)
+        gone = found.gone(units)
+        error = failure(work, found.flow, gone)
+        if error is None:
+            return Decision(units, gone, left)
+        chosen = np.unique(group_of[:-1][units]).tolist()
+        if not chosen:
+            raise error
+        layers: Iterable[Layer] = getattr(error, "layers", ())
+        named = {int(each) for layer in layers for each in np.unique(group_of[found.unit_of[layer]])} & set(chosen)
+        if not named:
+            named, error = _at_fault(work, found, units, chosen, error)
+        families = {found.groups[number].family for number in named}
+        for number, group in enumerate(found.groups):
+            if group.family in families:
+                left.setdefault(number, error.message)
+
+
+def failure(work: Work, flow: Flow, gone: Mask) -> EditError | None:
+    """Why a model does not follow when channels go; `None` where it does. Nothing is changed."""
+    attempt = Work(structural_copy(work.model), work.inputs)
+    try:
+        narrowed(attempt, flow, gone)
+    except EditError as error:
+        return error
+    return None
+
+
+def narrowed(work: Work, flow: Flow, gone: Mask) -> list[Narrowing]:
+    """Take the channels out of `work.model`, and check every shape.
+
+    Raises:
+        EditError: It does not follow.
+    """
+    changes = narrowings(work.model, flow, gone)
+    narrow(work, changes)
+    tell_the_truth(work.model, flow, gone, {change.owner for change in changes})
+    check_shapes(work, flow, gone, cut=False)
+    return changes
+
+
+def _at_fault(
+    work: Work, found: Dependencies, units: Mask, chosen: list[int], error: EditError
+) -> tuple[set[int], EditError]:
+    """The first group with which a model does not run, and what is wrong then: by bisection.
+
+    Where the error names a place, those that touch it come last, so that they alone are looked at if it runs without.
+    """
+
+    def without(numbers: list[int]) -> EditError | None:
+        some = np.zeros_like(units)
+        for number in numbers:
+            some[found.groups[number].units] = units[found.groups[number].units]
+        return failure(work, found.flow, found.gone(some))
+
+    suspects = [number for number in chosen if _touches(found.groups[number], error.path)]
+    others = [number for number in chosen if number not in suspects]
+    numbers, low, high = others + suspects, 0, len(chosen)
+    if suspects and others:
+        reason = without(others)
+        low, high, error = (len(others), high, error) if reason is None else (0, len(others), reason)
+    while high - low > 1:
+        middle = (low + high) // 2
+        reason = without(numbers[:middle])
+        if reason is None:
+            low = middle
+        else:
+            high, error = middle, reason
+    return {numbers[high - 1]}, error
+
+
+def _touches(group: Group, path: object) -> bool:
+    return isinstance(path, str) and any(f"{each.path}.".startswith(f"{path}.") for each in group.members)
