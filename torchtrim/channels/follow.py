@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtrim.channels.arithmetic import rule_for
 from torchtrim.channels.labels import Channels, Label
+from torchtrim.channels.rulebook import rule_for
 from torchtrim.channels.rules import OpCall, shape_of, tensors_in
 from torchtrim.channels.run import Flow, ModuleCall, Run, Step, cost_of, shape_after
 from torchtrim.errors import EditError, TorchTrimError

@@ -77,6 +77,11 @@ class Channels:
         parts: What must stay equal.
         tables: Channels that are taken apart and put together in another order, and where: only whole rows and columns
             may go.
+        heads: Channels of which a product of two computed values takes a part each time (attention), and the dimension
+            that counts the parts: `((heads, width), 0)`.
+        scale: Channels that such a product sums up: how many there are in a head sets the scale of the attention.
+        links: Channels that go together, each with the one at its place, and why.
+        implied: Channels that go if all of some others do, after those, and why.
     """
 
     count: int = 1
@@ -85,8 +90,10 @@ class Channels:
     doomed: list[Layer] = field(default_factory=list)
     parts: list[EqualParts] = field(default_factory=list)
     tables: list[tuple[Layer, str]] = field(default_factory=list)
-    _links: list[tuple[Layer, Layer, str]] = field(default_factory=list)
-    _implied: list[tuple[Layer, Layer, str]] = field(default_factory=list)
+    heads: list[tuple[Layer, int]] = field(default_factory=list)
+    scale: list[Layer] = field(default_factory=list)
+    links: list[tuple[Layer, Layer, str]] = field(default_factory=list)
+    implied: list[tuple[Layer, Layer, str]] = field(default_factory=list)
 
     def new(self, shape: Sequence[int]) -> Layer:
         """New channels, in an array of this shape."""
@@ -106,7 +113,7 @@ class Channels:
     def link(self, one: Layer, other: Layer, why: str) -> None:
         """Say that channels go together, each with the one at its place in the other array."""
         left, right = np.broadcast_arrays(one, other)
-        self._links.append((left.ravel(), right.ravel(), why))
+        self.links.append((left.ravel(), right.ravel(), why))
 
     def pin(self, layer: Layer, why: str) -> None:
         """Say that channels cannot be deleted."""
@@ -114,13 +121,21 @@ class Channels:
 
     def implies(self, all_of: Layer, then: Layer, why: str) -> None:
         """Say that if all of some channels go, others have to."""
-        self._implied.append((all_of.ravel(), then.ravel(), why))
+        self.implied.append((all_of.ravel(), then.ravel(), why))
 
     def whole(self, one: Layer, other: Layer, why: str) -> None:
         """Say that where all channels in a row of one array go, all those in the same row of the other go too."""
         for left, right in zip(one, other, strict=True):
             self.implies(left, right, why)
             self.implies(right, left, why)
+
+    def within(self, fine: Layer, coarse: Layer, why: str) -> None:
+        """Say that each channel of one array goes where all those of a finer one go that stand at its places."""
+        pairs = np.unique(np.stack([each.ravel() for each in np.broadcast_arrays(coarse, fine)]), axis=1)
+        starts = np.flatnonzero(np.diff(pairs[0], prepend=-1))
+        for row in np.split(pairs, starts[1:], axis=1):
+            self.implies(row[1], row[0, :1], why)
+            self.implies(row[0, :1], row[1], why)
 
     def fixed_along(self, layer: Layer, axes: Iterable[int], why: str) -> Layer | None:
         """The layer without some dimensions, which cannot be narrowed: along them, all goes or nothing does.
@@ -147,7 +162,7 @@ class Channels:
             gone[one[gone[other]]] = True
             if int(gone.sum()) > count:
                 continue
-            for before, after, _ in self._implied:
+            for before, after, _ in self.implied:
                 if before.size and gone[before].all():
                     gone[after] = True
             gone[FIXED] = False
@@ -157,7 +172,7 @@ class Channels:
     def pinned(self) -> Mask:
         """Whether each channel runs together with what cannot be deleted."""
         found = np.zeros(self.count, dtype=bool)
-        for left, right, _ in self._links:
+        for left, right, _ in self.links:
             found[right[left == FIXED]] = True
             found[left[right == FIXED]] = True
         one, other = self._edges()
@@ -171,16 +186,16 @@ class Channels:
         """Why some of the channels that would have to go cannot."""
         found = [
             why
-            for left, right, why in self._links
+            for left, right, why in self.links
             if (((left == FIXED) & gone[right]) | ((right == FIXED) & gone[left])).any()
         ]
-        found += [why for before, after, why in self._implied if before.size and gone[before].all() and not after.all()]
+        found += [why for before, after, why in self.implied if before.size and gone[before].all() and not after.all()]
         return list(dict.fromkeys(found))
 
     def _edges(self) -> tuple[Layer, Layer]:
-        if not self._links:
+        if not self.links:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        pairs = np.stack([np.concatenate([link[side] for link in self._links]) for side in (0, 1)])
+        pairs = np.stack([np.concatenate([link[side] for link in self.links]) for side in (0, 1)])
         pairs = pairs[:, (pairs[0] != pairs[1]) & (pairs != FIXED).all(axis=0)]
         return np.divmod(np.unique(pairs[0] * self.count + pairs[1]), self.count)
 

@@ -1,0 +1,179 @@
+"""How channel labels go through products: of matrices, attention, convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from torchtrim.channels.labels import EqualParts, Layer, varying
+from torchtrim.channels.rules import (
+    OpCall,
+    Shape,
+    aligned,
+    along,
+    joined,
+    lines_of,
+    rule,
+    shape_of,
+    tensors_in,
+    vector,
+    without,
+)
+
+Operand: TypeAlias = "tuple[Sequence[Layer], Shape, bool]"
+
+
+def _operand(call: OpCall, tensor: torch.Tensor) -> Operand:
+    """The layers of a tensor, its shape, and whether it is computed from parameters and constants alone."""
+    label = call.labels.label(tensor)
+    return label.layers, shape_of(tensor), label.static
+
+
+def _contract(call: OpCall, equation: str, operands: Sequence[Operand]) -> list[Layer]:
+    """The layers of a sum of products, written as for `einsum`; dimensions of the same letter run together."""
+    terms, result = equation.split("->")
+    letters = "".join(dict.fromkeys(result + terms.replace(",", "")))
+    mixes = not any(static for _, _, static in operands)
+    placed: list[tuple[list[Layer], Shape]] = []
+    for term, (layers, shape, static) in zip(terms.split(","), operands, strict=True):
+        summed = {axis for axis, letter in enumerate(term) if letter not in result}
+        for layer in layers:
+            if static and varying(layer) & summed:
+                call.channels.consumed.append(layer)
+            if mixes:
+                _note_heads(call, layer, term, summed, {letter for letter in term if terms.count(letter) > 1})
+        sizes = tuple(shape[term.index(letter)] if letter in term else 1 for letter in letters)
+        placed.append(([_placed(layer, term, letters) for layer in layers], sizes))
+    layers = joined(call.channels, placed, call.where)
+    kept = without(call, layers, range(len(result), len(letters)), mixes=mixes)
+    return [layer.reshape(layer.shape[: len(result)]) for layer in kept]
+
+
+def _note_heads(call: OpCall, layer: Layer, term: str, summed: set[int], shared: set[str]) -> None:
+    """What a product of two computed values takes of a layer each time, and what it sums up."""
+    counted = {axis for axis in varying(layer) - summed if term[axis] in shared}
+    if counted and varying(layer) - counted:
+        call.channels.heads.append((lines_of(layer, counted)[0], 0))
+    if varying(layer) & summed:
+        call.channels.scale.append(lines_of(layer, varying(layer) - summed)[0])
+
+
+def _placed(layer: Layer, term: str, letters: str) -> Layer:
+    order = [term.index(letter) for letter in letters if letter in term]
+    moved = layer.transpose(order)
+    return moved.reshape([layer.shape[term.index(letter)] if letter in term else 1 for letter in letters])
+
+
+_PRODUCTS = {
+    "mm": ("mk,kn->mn", "self", "mat2"),
+    "bmm": ("bmk,bkn->bmn", "self", "mat2"),
+    "addmm": ("mk,kn->mn", "mat1", "mat2"),
+    "baddbmm": ("bmk,bkn->bmn", "batch1", "batch2"),
+    "mv": ("mk,k->m", "self", "vec"),
+    "addmv": ("mk,k->m", "mat", "vec"),
+    "dot": ("k,k->", "self", "tensor"),
+}
+
+
+@rule(*_PRODUCTS)
+def _product(call: OpCall) -> None:
+    equation, *names = _PRODUCTS[call.name.removesuffix("_")]
+    layers = _contract(call, equation, [_operand(call, call[name]) for name in names])
+    if call.name.startswith(("add", "badd")):
+        added, ndim = call["self"], call.out.dim()
+        operands = [(layers, shape_of(call.out))]
+        operands.append(
+            (
+                [aligned(layer, ndim) for layer in call.layers(added)],
+                (1,) * (ndim - added.dim()) + shape_of(added),
+            )
+        )
+        layers = joined(call.channels, operands, call.where)
+    call.give(call.out, layers)
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_attention_math",
+)
+def _attention(call: OpCall) -> None:
+    first, *others = call.out
+    query, key, value = (call[name] for name in ("query", "key", "value"))
+    scores = _contract(call, "bhnd,bhmd->bhnm", [_operand(call, query), _operand(call, key)])
+    shape = (*shape_of(query)[:-1], int(key.shape[-2]))
+    call.give(first, _contract(call, "bhnm,bhme->bhne", [(scores, shape, False), _operand(call, value)]))
+    call.set_aside(tensors_in(others))
+    mask = call.arguments.get("attn_mask", call.arguments.get("attn_bias"))
+    if isinstance(mask, torch.Tensor):
+        call.pin(call.layers(mask))
+
+
+@rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
+def _convolution(call: OpCall) -> None:
+    source, weight, groups = call["input"], call["weight"], int(call["groups"])
+    channels, where = call.channels, call.where
+    read = vector(call, call.layers(source), 1, int(source.shape[1]))
+    layers = [channels.fixed_along(layer, range(2, weight.dim()), where) for layer in call.layers(weight)]
+    tables = [layer.reshape(layer.shape[:2]) for layer in layers if layer is not None]
+    if call.arguments.get("transposed"):
+        written = _transposed(call, tables, read, groups, shape_of(weight))
+    else:
+        written = _plain(call, tables, read, groups, shape_of(weight))
+    if written is not None and isinstance(call["bias"], torch.Tensor):
+        for layer in call.layers(call["bias"]):
+            channels.link(layer, written, where)
+    call.give(call.out, [] if written is None else [along(written, 1, call.out.dim())])
+
+
+def _plain(call: OpCall, tables: Sequence[Layer], read: Layer, groups: int, shape: Shape) -> Layer | None:
+    """Tie a weight `(out, in / groups, ...)` to the channels it reads; returns those it writes."""
+    wide, size = shape[:2]
+    written = next((table.reshape(-1) for table in tables if varying(table) == {0}), np.zeros(wide, np.int64))
+    told = [table for table in tables if 1 in varying(table)]
+    by_output = read.reshape(groups, size).repeat(wide // groups if groups > 1 else 1, axis=0)
+    for table in told:
+        call.channels.link(table, by_output, call.where)
+        call.channels.consumed.append(table)
+    if size > 1 and not told:
+        call.channels.pin(read, call.where)
+    _tie_groups(call, read, written, groups)
+    return written
+
+
+def _transposed(call: OpCall, tables: Sequence[Layer], read: Layer, groups: int, shape: Shape) -> Layer | None:
+    """The same for a weight `(in, out / groups, ...)`."""
+    deep, size = shape[:2]
+    for table in tables:
+        if varying(table) == {0}:
+            call.channels.link(table.reshape(-1), read, call.where)
+            call.channels.consumed.append(table)
+    told = next((table for table in tables if 1 in varying(table)), None)
+    if told is not None:
+        written = np.broadcast_to(told, (deep, size)).reshape(groups, deep // groups, size)[:, 0].reshape(-1)
+    elif size > 1:
+        written = np.zeros(groups * size, np.int64)
+    else:
+        written = call.channels.new((groups,)) if groups > 1 else np.zeros(1, np.int64)
+    _tie_groups(call, read, written, groups)
+    return written
+
+
+def _tie_groups(call: OpCall, read: Layer, written: Layer, groups: int) -> None:
+    """A group goes whole, in what it reads and what it writes; the others must stay equal."""
+    if groups == 1:
+        return
+    ins, outs = read.reshape(groups, -1), written.reshape(groups, -1)
+    if ins.shape[1] == 1 and outs.shape[1] == 1:
+        call.channels.link(ins, outs, call.where)
+    else:
+        call.channels.whole(ins, outs, call.where)
+    whole = isinstance(call.module, nn.modules.conv._ConvNd)
+    for part in (ins, outs):
+        call.channels.parts.append(EqualParts(part, whole, call.where))
