@@ -12,10 +12,11 @@ from torch.nn import functional
 
 import torchtrim as tt
 from torchtrim.edits.heal import Seam, fit, seams_of
-from torchtrim.edits.heal_data import Calibration, arguments_of
+from torchtrim.edits.heal_data import Calibration
 from torchtrim.edits.heal_fold import folded
 from torchtrim.edits.heal_maps import Map, ScaleChannels, Sums
 from torchtrim.edits.heal_norms import norm_parameters
+from torchtrim.graph.batches import arguments_of
 from torchtrim.graph.inputs import Inputs
 
 

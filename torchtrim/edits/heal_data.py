@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from torchtrim.errors import InputError
+from torchtrim.graph.batches import arguments_of
 from torchtrim.graph.copying import kept_random_state, structural_copy
 from torchtrim.graph.inputs import Inputs
 
@@ -158,40 +158,3 @@ def _taken(inputs: Inputs, rows: list[int], size: int) -> Inputs:
         return tensor[torch.tensor(rows, device=tensor.device)]
 
     return inputs.map(take)
-
-
-def arguments_of(batch: Any, model: nn.Module, example: Inputs) -> Inputs:
-    """The arguments of the forward in a batch of data; labels are left out.
-
-    Args:
-        batch: A tensor, an `(inputs, targets)` pair, a tuple of arguments, or a dict.
-        model: The model.
-        example: Example inputs: how many arguments there are.
-
-    Raises:
-        InputError: It is none of these.
-
-    Example:
-        >>> pair = torch.zeros(4, 3), torch.zeros(4)
-        >>> arguments_of(pair, nn.Linear(3, 2), Inputs.of(torch.zeros(1, 3))).describe()
-        'float32[4, 3]'
-    """
-    if isinstance(batch, Mapping):
-        parameters = inspect.signature(model.forward).parameters
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            known = {name: value for name, value in batch.items() if not example.kwargs or name in example.kwargs}
-        else:
-            known = {name: value for name, value in batch.items() if name in parameters}
-        if not known:
-            raise InputError(
-                "a batch holds none of the forward's arguments",
-                found=list(batch),
-                expected=list(example.kwargs or parameters),
-            )
-        return Inputs.of(known)
-    if isinstance(batch, (tuple, list)) and batch:
-        first = example.args[0] if example.args else None
-        if isinstance(batch[0], (Mapping, tuple, list)) and not isinstance(first, (Mapping, tuple, list)):
-            return arguments_of(batch[0], model, example)
-        return Inputs.of(tuple(batch[: max(len(example.args), 1)]))
-    return Inputs.of(batch)
