@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from torchtrim.edits.adapter import layout_of
@@ -36,6 +34,7 @@ from torchtrim.edits.weights import Weights
 from torchtrim.errors import EditError
 from torchtrim.graph.copying import full_copy, kept_random_state, structural_copy
 from torchtrim.graph.inputs import Inputs
+from torchtrim.graph.progress import progress
 
 METHODS = ("auto", "linear", "scale", "norm")
 _WORTH = 0.98  # a change has to make the error this much smaller: less may be chance
@@ -139,7 +138,7 @@ def fit(
     if method not in METHODS:
         raise EditError("no such way of healing", path="heal", found=method, expected=", ".join(map(repr, METHODS)))
     calibration = Calibration.of(data, original, inputs)
-    with kept_random_state(), torch.no_grad(), _progress() as told:
+    with kept_random_state(), torch.no_grad(), progress("healing") as told:
         return _Fit(original, build, seams, calibration, method, told).healing()
 
 
@@ -346,13 +345,3 @@ def _watched(model: nn.Module, ends: Sequence[tuple[str, int]]) -> Iterator[dict
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float], Any]]:
-    """A bar on the terminal, where there is one."""
-    console = Console(stderr=True)
-    columns = TextColumn("healing"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=1.0)
-        yield lambda what, done: progress.update(task, description=what, completed=done)
