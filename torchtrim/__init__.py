@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torchtrim.edits.insert import Insert, insert
     from torchtrim.edits.module_spec import ModuleSpec
     from torchtrim.edits.plan import Plan, plan
+    from torchtrim.edits.prune import PruneChannels
     from torchtrim.edits.remove import Remove, remove
     from torchtrim.edits.replace import Old, Replace, replace
     from torchtrim.edits.replacements import group_norm
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from torchtrim.graph.trace import ModuleGraph, Node, trace
     from torchtrim.models import load_model
     from torchtrim.recipe.recipe import Recipe
+    from torchtrim.search.prune import prune_channels
     from torchtrim.train.freeze import freeze, unfreeze
     from torchtrim.train.groups import param_groups
     from torchtrim.train.optimizer import Synced, sync_optimizer
@@ -77,6 +79,7 @@ _HOME = {
     "edits.insert": ("Insert", "insert"),
     "edits.module_spec": ("ModuleSpec",),
     "edits.plan": ("Plan", "plan"),
+    "edits.prune": ("PruneChannels",),
     "edits.remove": ("Remove", "remove"),
     "edits.replace": ("Old", "Replace", "replace"),
     "edits.replacements": ("group_norm",),
@@ -111,6 +114,7 @@ _HOME = {
     "graph.trace": ("ModuleGraph", "Node", "trace"),
     "models": ("load_model",),
     "recipe.recipe": ("Recipe",),
+    "search.prune": ("prune_channels",),
     "train.freeze": ("freeze", "unfreeze"),
     "train.groups": ("param_groups",),
     "train.optimizer": ("Synced", "sync_optimizer"),
@@ -152,6 +156,7 @@ __all__ = [
     "Old",
     "PathError",
     "Plan",
+    "PruneChannels",
     "Recalibration",
     "Recipe",
     "RecipeError",
@@ -181,6 +186,7 @@ __all__ = [
     "load_model",
     "param_groups",
     "plan",
+    "prune_channels",
     "recalibrate_batchnorm",
     "remove",
     "replace",
