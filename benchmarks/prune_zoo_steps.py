@@ -236,7 +236,7 @@ def removed_in(edit: Any) -> dict[str, dict[str, tuple[int, ...]]]:
 
 def left_alone(entry: Any) -> dict[str, str]:
     """The layers that were left alone, and why, as the record says."""
-    return dict(getattr(entry.edit, "left_alone", {}))
+    return dict(entry.edit.pruned.left_alone)
 
 
 def count_macs(model: nn.Module, x: torch.Tensor) -> int:
