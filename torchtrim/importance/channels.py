@@ -12,7 +12,7 @@ from torch import nn
 
 from torchtrim.channels.groups import Dependencies
 from torchtrim.errors import EditError, InputError, ModelError, nearest
-from torchtrim.graph.copying import kept_random_state
+from torchtrim.graph.copying import is_meta, kept_random_state
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.importance.activations import mean_size, observations, share_of_nonzero
 from torchtrim.importance.gradients import Loss, gradients
@@ -26,6 +26,8 @@ NAMES = (
     *("magnitude", "l1", "l2", "bn_scale", "lamp", "fpgm", "taylor", "hessian", "apoz", "activation", "random"),
     "reconstruction",
 )
+NEED_DATA = ("taylor", "hessian", "apoz", "activation", "reconstruction")
+NEED_LABELS = ("taylor", "hessian")  # or a loss that does without
 
 
 def scores(
@@ -90,7 +92,7 @@ def scores(
         NaN (see `silent`); all others are finite.
 
     Raises:
-        EditError: No such criterion, or a function that returns something else.
+        EditError: No such criterion, or what it returns are not as many finite numbers as there are units.
         InputError: The criterion needs data and there is none; or the data or the loss does not fit the model.
         ModelError: Weights that are not finite, or have no values (the meta device).
 
@@ -110,14 +112,16 @@ def scores(
         from torchtrim.importance.reconstruction import reconstruction
 
         return reconstruction(model, dependencies, _needed(data, importance), inputs)
+    if isinstance(importance, str) and importance.partition(":")[0] == "random":
+        return _random(dependencies, importance)
+    if is_meta(model):
+        raise ModelError("the model is on the meta device: there are no values to rank by", hint='importance="random"')
     with kept_random_state():
-        if isinstance(importance, str) and importance.partition(":")[0] == "random":
-            return _random(dependencies, importance)
         found = np.full(dependencies.count, np.nan)
         told = _by_group(model, dependencies, importance, data, loss, inputs)
         for group, (seen, values) in zip(dependencies.groups, told, strict=True):
             if values is not None:
-                found[group.units] = _finite(values, seen)
+                found[group.units] = _finite(values, seen, strict=not _known(importance))
         return found
 
 
@@ -144,9 +148,9 @@ def _by_group(
     inputs: Inputs,
 ) -> Iterator[tuple[ChannelGroup, Any]]:
     """What the criterion says of each group, in their order."""
-    if not isinstance(importance, str) and not _of_torch_pruning(importance):
+    if not isinstance(importance, str) and not _known(importance):
         for group in groups_of(model, dependencies):
-            yield group, _refuse_unclear(importance(group), group)
+            yield group, importance(group)
         return
     from torch_pruning.pruner import importance as criteria
 
@@ -171,8 +175,11 @@ def _by_group(
         yield group, criterion(items) if items else None
 
 
-def _of_torch_pruning(importance: Any) -> bool:
-    return any(kind.__module__.startswith("torch_pruning.") for kind in type(importance).__mro__)
+def _known(importance: Importance) -> bool:
+    """Whether it is a name or a criterion of torch-pruning, not a function of the user's."""
+    return isinstance(importance, str) or any(
+        kind.__module__.startswith("torch_pruning.") for kind in type(importance).__mro__
+    )
 
 
 def _needed(data: Iterable[Any] | None, importance: Importance) -> Iterable[Any]:
@@ -183,13 +190,6 @@ def _needed(data: Iterable[Any] | None, importance: Importance) -> Iterable[Any]
             hint='data=loader, or importance="magnitude"',
         )
     return data
-
-
-def _refuse_unclear(values: Any, group: ChannelGroup) -> Any:
-    found = torch.as_tensor(values)
-    if not bool(torch.isfinite(found).all()):
-        raise EditError("a score is a finite number", path=group.name, found=found.tolist())
-    return found
 
 
 def _criterion(name: str) -> Any:
@@ -230,7 +230,7 @@ def _random(dependencies: Dependencies, importance: str) -> FloatArray:
     return np.random.default_rng(seed).random(dependencies.count)
 
 
-def _finite(values: Any, group: ChannelGroup) -> FloatArray:
+def _finite(values: Any, group: ChannelGroup, *, strict: bool) -> FloatArray:
     """The scores of a group as numbers. Where a whole group is zero, so is its mean: its scores are zero then."""
     try:
         found = np.asarray(torch.as_tensor(values).detach().double().cpu().reshape(-1))
@@ -241,10 +241,11 @@ def _finite(values: Any, group: ChannelGroup) -> FloatArray:
     if np.isfinite(found).all():
         return found
     for tensor in group.tensors:
-        if tensor.values.is_meta or not bool(torch.isfinite(tensor.values).all()):
-            raise ModelError("its values are not finite: nothing can be ranked by them", path=tensor.path)
-        if tensor.gradient is not None and not bool(torch.isfinite(tensor.gradient).all()):
-            raise ModelError("its gradient is not finite: nothing can be ranked by it", path=tensor.path)
+        for what, each in (("values", tensor.values), ("gradients", tensor.gradient)):
+            if each is not None and not bool(torch.isfinite(each).all()):
+                raise ModelError(f"its {what} are not finite: nothing can be ranked by them", path=tensor.path)
+    if strict:
+        raise EditError("a score is a finite number", path=group.name, found=found.tolist())
     return np.where(np.isfinite(found), found, 0.0)
 
 
