@@ -75,4 +75,4 @@ _SHARES = ("macs", "params")
 
 
 def _plain(limit: float) -> str:
-    return str(int(limit)) if limit > 1 and float(limit).is_integer() else str(limit)
+    return str(int(limit)) if limit > 1 and float(limit).is_integer() else f"{limit:.6g}"

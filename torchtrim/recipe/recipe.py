@@ -16,13 +16,14 @@ import yaml
 from torchtrim.edits.edit import Edit
 from torchtrim.edits.module_spec import Trusted
 from torchtrim.edits.plan import Plan
+from torchtrim.edits.prune import PruneChannels
 from torchtrim.edits.remove import Remove
 from torchtrim.errors import RecipeError, TorchTrimError
 from torchtrim.graph.copying import kept_random_state
 from torchtrim.recipe.edit_forms import edit_of, edits_of
 from torchtrim.recipe.folder import run_into, to_yaml
 from torchtrim.recipe.form import RecipeForm, checked
-from torchtrim.recipe.run import RecipeRun, plan_recipe
+from torchtrim.recipe.run import NEED_DATA, RecipeRun, plan_recipe
 from torchtrim.recipe.schema import recipe_schema
 
 _PLACE = "a key of the recipe, edits[0] for an item of a list"
@@ -141,23 +142,31 @@ class Recipe:
             TorchTrimError: What its steps raise.
         """
         if plan:
-            return plan_recipe(self.form, self.folder, self.edits, trusted)
-        self._check_healing()
+            return plan_recipe(self.form, self.folder, lambda: self.edits, trusted)
+        self._check_data()
         place = out or (self.folder / self.form.out if self.form.out else self.name)
         if place is None:
             raise RecipeError("where does the run write to?", path="out", hint="run(out=FOLDER), or out: in the recipe")
         return run_into(Path(place), self.form, self.folder, lambda: self.edits, overwrite=overwrite, trusted=trusted)
 
-    def _check_healing(self) -> None:
+    def _check_data(self) -> None:
         """Before any work: what is fitted to data needs some."""
-        for index, edit in enumerate(self.edits):
-            if isinstance(edit, Remove) and edit.heal is not None and not edit.taken and self.form.data is None:
-                raise RecipeError(
-                    "healing is fitted to data, and the recipe names none",
-                    path=f"edits[{index}].remove.heal",
-                    found=edit.heal,
-                    hint="data: FILE",
-                )
+        for index, edit in enumerate(self.edits if self.form.data is None else ()):
+            if isinstance(edit, Remove) and edit.heal is not None and not edit.taken:
+                where, found = "remove.heal", edit.heal
+            elif isinstance(edit, PruneChannels) and edit.pruned is None and edit.reconstruct:
+                where, found = "prune_channels.reconstruct", str(edit.reconstruct)
+            elif isinstance(edit, PruneChannels) and edit.pruned is None and edit.importance in NEED_DATA:
+                where, found = "prune_channels.importance", edit.importance
+            else:
+                continue
+            what = "healing" if isinstance(edit, Remove) else "this"
+            raise RecipeError(
+                f"{what} is fitted to data, and the recipe names none",
+                path=f"edits[{index}].{where}",
+                found=found,
+                hint="data: FILE",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """What was given, as plain data."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from torchtrim.edits.edit import Edit
 from torchtrim.edits.history import History, history
 from torchtrim.edits.module_spec import Trusted
 from torchtrim.edits.plan import Plan, plan
+from torchtrim.edits.prune import PruneChannels
 from torchtrim.errors import RecipeError
 from torchtrim.export.onnx import export_onnx
 from torchtrim.export.report import ExportReport
@@ -30,10 +31,13 @@ from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.summary import Summary, short, summary
 from torchtrim.models import NamedModel, load_model
 from torchtrim.recipe.data import Batches, read_data
-from torchtrim.recipe.form import ExportSection, ModelSection, RecipeForm, TrainingSection
+from torchtrim.recipe.form import DataSection, ExportSection, ModelSection, RecipeForm, TrainingSection
+from torchtrim.search.prune import with_latencies
 from torchtrim.train.plain_loop import Training, train_plain
 
 NET = "net.trim"
+NEED_LABELS = ("taylor", "hessian")  # importances that look at gradients of the loss
+NEED_DATA = (*NEED_LABELS, "apoz", "activation", "reconstruction")
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class RecipeRun:
         return "".join(table.html() for table in self.tables())
 
 
-def plan_recipe(form: RecipeForm, folder: Path, edits: list[Edit], trusted: Trusted) -> Plan:
+def plan_recipe(form: RecipeForm, folder: Path, edits: Callable[[], list[Edit]], trusted: Trusted) -> Plan:
     """What a recipe's edits would do.
 
     Raises:
@@ -117,7 +121,18 @@ def plan_recipe(form: RecipeForm, folder: Path, edits: list[Edit], trusted: Trus
         TorchTrimError: The model cannot be made, or an edit cannot be done.
     """
     named, inputs = _start(form, folder, trusted)
-    return plan(named.model, inputs, edits, trusted=trusted)
+    measured = with_latencies(named.model, inputs, edits, trusted=trusted)
+    return plan(named.model, inputs, measured(), trusted=trusted)
+
+
+def calibration_data(section: DataSection, inputs: Inputs, folder: Path, edits: Sequence[Edit]) -> Batches:
+    """The batches that edits are fitted to: with labels where one of them looks at gradients of the loss.
+
+    Raises:
+        TorchTrimError: They cannot be read.
+    """
+    labelled = any(isinstance(edit, PruneChannels) and edit.importance in NEED_LABELS for edit in edits)
+    return read_data(section, inputs, folder=folder, labelled=labelled)
 
 
 def run_recipe(
@@ -144,11 +159,13 @@ def run_recipe(
     start = time.perf_counter()
     named, inputs = _start(form, folder, trusted)
     # All data is looked at before any work is done.
-    calibration = None if form.data is None else read_data(form.data, inputs, folder=folder)
+    calibration = None if form.data is None else calibration_data(form.data, inputs, folder, edits())
     training = None if form.training is None else _training_data(form.training, inputs, folder)
-    planned = plan(named.model, inputs, edits(), trusted=trusted)
     before = summary(named.model, inputs)
     with kept_random_state():
+        torch.manual_seed(form.model.seed)
+        edits = with_latencies(named.model, inputs, edits, data=calibration, trusted=trusted)
+        planned = plan(named.model, inputs, edits(), trusted=trusted)
         torch.manual_seed(form.model.seed)
         net = apply(named.model, inputs, edits(), data=calibration, trusted=trusted)
     trained = None if form.training is None or training is None else _train(net, form.training, training, inputs)
