@@ -9,7 +9,8 @@ rule, and two tensors that are added tell that their channels go together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -94,6 +95,7 @@ class Channels:
     scale: list[Layer] = field(default_factory=list)
     links: list[tuple[Layer, Layer, str]] = field(default_factory=list)
     implied: list[tuple[Layer, Layer, str]] = field(default_factory=list)
+    _lines: dict[bytes, Layer] = field(default_factory=dict)
 
     def new(self, shape: Sequence[int]) -> Layer:
         """New channels, in an array of this shape."""
@@ -136,6 +138,16 @@ class Channels:
         for row in np.split(pairs, starts[1:], axis=1):
             self.implies(row[1], row[0, :1], why)
             self.implies(row[0, :1], row[1], why)
+
+    def lines(self, layer: Layer, axes: Collection[int], why: str) -> Layer:
+        """Channels that stand for the lines of a layer across some dimensions: one goes where all in its line do."""
+        table, places = lines_of(layer, axes)
+        key = np.int64(table.shape[1]).tobytes() + table.tobytes()
+        if key not in self._lines:
+            self._lines[key] = self.new((len(table),))
+            self.within(table, self._lines[key][:, None], why)
+        shape = [size if axis in axes else 1 for axis, size in enumerate(layer.shape)]
+        return self._lines[key][places].reshape(shape)
 
     def fixed_along(self, layer: Layer, axes: Iterable[int], why: str) -> Layer | None:
         """The layer without some dimensions, which cannot be narrowed: along them, all goes or nothing does.
@@ -198,6 +210,20 @@ class Channels:
         pairs = np.stack([np.concatenate([link[side] for link in self.links]) for side in (0, 1)])
         pairs = pairs[:, (pairs[0] != pairs[1]) & (pairs != FIXED).all(axis=0)]
         return np.divmod(np.unique(pairs[0] * self.count + pairs[1]), self.count)
+
+
+def lines_of(layer: Layer, axes: Iterable[int]) -> tuple[Layer, Layer]:
+    """The different lines of a layer across some dimensions, and for each place along these the number of its line.
+
+    Example:
+        >>> table, places = lines_of(np.array([[1, 2], [3, 4], [1, 2]]), {0})
+        >>> table.tolist(), places.tolist()
+        ([[1, 2], [3, 4]], [0, 1, 0])
+    """
+    first = sorted(axes)
+    moved = np.moveaxis(layer, first, range(len(first)))
+    table, places = np.unique(moved.reshape(math.prod(moved.shape[: len(first)]), -1), axis=0, return_inverse=True)
+    return table, places.reshape(-1)
 
 
 def kept_indices(layer: Layer, gone: Mask) -> dict[int, Mask] | None:

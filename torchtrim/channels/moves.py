@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from torchtrim.channels.labels import FIXED, Layer, varying
-from torchtrim.channels.rules import OpCall, Shape, joined, rule, shape_of, unknown
+from torchtrim.channels.rules import OpCall, Shape, along, joined, rule, shape_of, unknown
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "flatten")
@@ -39,20 +39,19 @@ def _permute(call: OpCall) -> None:
     call.give(call.out, [layer.transpose(order) for layer in call.layers(source)])
 
 
-@rule("expand")
+@rule("expand", "repeat")
 def _expand(call: OpCall) -> None:
-    new = call.out.dim() - call["self"].dim()
-    call.give(call.out, [layer.reshape((1,) * new + layer.shape) for layer in call.layers(call["self"])])
-
-
-@rule("repeat")
-def _repeat(call: OpCall) -> None:
-    times = list(call["repeats"])
-    new = len(times) - call["self"].dim()
+    """What is repeated along a dimension has channels of its own there: it is as wide as something else is."""
+    source, new = call["self"], call.out.dim() - call["self"].dim()
+    before = (1,) * new + shape_of(source)
+    times = [size // old if old else 1 for old, size in zip(before, shape_of(call.out), strict=True)]
     layers = []
-    for layer in call.layers(call["self"]):
+    for layer in call.layers(source):
         wide = layer.reshape((1,) * new + layer.shape)
         layers.append(np.tile(wide, [each if size > 1 else 1 for each, size in zip(times, wide.shape, strict=True)]))
+    for axis in range(1, call.out.dim()):  # the first dimension is the batch
+        if before[axis] == 1 and times[axis] > 1:
+            layers.append(along(call.channels.new((times[axis],)), axis, call.out.dim()))
     call.give(call.out, layers)
 
 

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchtrim.channels.labels import EqualParts, Layer, varying
+from torchtrim.channels.labels import EqualParts, Layer, lines_of, varying
 from torchtrim.channels.rules import (
     OpCall,
     Shape,
     aligned,
     along,
     joined,
-    lines_of,
     rule,
     shape_of,
     tensors_in,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -144,29 +143,21 @@ def without(call: OpCall, layers: Sequence[Layer], axes: Iterable[int], *, mixes
     """
     gone = frozenset(axes)
     kept = [layer for layer in layers if not varying(layer) & gone]
-    told = {varying(layer) for layer in kept}
+    why = f"nothing would be left to sum up in {call.where}"
     for layer in layers:
-        if not varying(layer) & gone:
+        rest = varying(layer) - gone
+        if rest == varying(layer):
             continue
         if mixes:
             call.channels.mixed.append(layer)
-        rest = varying(layer) - gone
-        if rest and rest not in told:
-            table, places = lines_of(layer, rest)
-            parts = call.channels.new((len(table),))
-            call.channels.within(table, parts[:, None], f"nothing would be left to sum up in {call.where}")
-            shape = [size if axis in rest else 1 for axis, size in enumerate(layer.shape)]
-            told.add(rest)
-            kept.append(parts[places].reshape(shape))
+        exact = any(varying(each) == rest for each in kept)
+        if rest and not (exact and not mixes):
+            lines = call.channels.lines(layer, rest, why)
+            finer = [each for each in kept if varying(each) >= rest]
+            for each in finer:
+                call.channels.within(each, lines, why)
+            kept += [] if finer else [lines]
     return kept
-
-
-def lines_of(layer: Layer, axes: Iterable[int]) -> tuple[Layer, Layer]:
-    """The different lines of a layer across some dimensions, and for each place along these the number of its line."""
-    first = sorted(axes)
-    moved = np.moveaxis(layer, first, range(len(first)))
-    table, places = np.unique(moved.reshape(math.prod(moved.shape[: len(first)]), -1), axis=0, return_inverse=True)
-    return table, places.reshape(-1)
 
 
 def joined(channels: Channels, operands: Sequence[tuple[Sequence[Layer], Shape]], why: str) -> list[Layer]:
@@ -190,16 +181,27 @@ def joined(channels: Channels, operands: Sequence[tuple[Sequence[Layer], Shape]]
         first: Layer | None = next(iter(held[axes].values()))
         for layer in held[axes].values():
             channels.link(held[axes][next(iter(held[axes]))], layer, why)
-        for number, (_, shape) in enumerate(operands):
-            extent = frozenset(axis for axis in axes if shape[axis] > 1)
-            if number in held[axes] or number in covered.get(axes, ()) or not extent or first is None:
+        for number, (layers, shape) in enumerate(operands):
+            if first is None or number in held[axes] or number in covered.get(axes, ()):
                 continue
-            narrower = held.get(extent, {}).get(number)
-            if narrower is not None:
-                channels.within(first, narrower, why)
-                covered.setdefault(extent, set()).update(held[axes])
-            else:
-                first = channels.fixed_along(first, extent, why)
+            extent = frozenset(axis for axis in varying(first) if shape[axis] > 1)
+            told = extent & frozenset().union(*map(varying, layers))
+            first = channels.fixed_along(first, extent - told, why)  # the operand has no channels along the others
+            for layer in layers if first is not None else ():
+                _tie(channels, first, layer, why)
+                if varying(layer) < axes:
+                    covered.setdefault(varying(layer), set()).update(held[axes])
         if first is not None and axes not in covered:
             channels.link(results.setdefault(varying(first), first), first, why)
     return list(results.values())
+
+
+def _tie(channels: Channels, first: Layer | None, layer: Layer, why: str) -> None:
+    """Tie two layers of different operands along the dimensions that both vary along."""
+    common = frozenset() if first is None else varying(first) & varying(layer)
+    if first is None or not common:
+        return
+    if common == varying(first) == varying(layer):
+        channels.link(first, layer, why)
+    else:
+        channels.within(first, layer if common == varying(layer) else channels.lines(layer, common, why), why)
