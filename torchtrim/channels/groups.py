@@ -11,7 +11,7 @@ from torch import nn
 
 from torchtrim.channels.labels import FIXED, Layer, Mask
 from torchtrim.channels.run import Flow
-from torchtrim.channels.units import IntArray, Units, all_layers, units_of
+from torchtrim.channels.units import Implied, IntArray, Units, all_layers, units_of
 
 _PRODUCTS = ("convolution", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_convolution")
 
@@ -71,6 +71,7 @@ class Dependencies:
         unit_of: For each channel the number of its unit; -1 where it cannot go.
         left_alone: The path of each layer whose output cannot be narrowed, and the reason.
         one_of: Sets of units, of which one has to stay.
+        implied: What goes where others go.
     """
 
     flow: Flow
@@ -78,6 +79,7 @@ class Dependencies:
     unit_of: IntArray
     left_alone: dict[str, str]
     one_of: tuple[IntArray, ...]
+    implied: Implied
 
     @property
     def count(self) -> int:
@@ -90,15 +92,7 @@ class Dependencies:
         Args:
             units: Whether each unit goes, `(count,)`.
         """
-        gone: Mask = np.append(units, False)[self.unit_of]
-        while True:
-            before = int(gone.sum())
-            for condition, then, _ in self.flow.channels._implied:
-                if condition.size and gone[condition].all():
-                    gone[then] = True
-            gone[FIXED] = False
-            if int(gone.sum()) == before:
-                return gone
+        return self.implied.closed(np.append(units, False)[self.unit_of])
 
 
 def dependencies(model: nn.Module, flow: Flow, *, protect: Collection[str] = ()) -> Dependencies:
@@ -134,7 +128,7 @@ def dependencies(model: nn.Module, flow: Flow, *, protect: Collection[str] = ())
             break
         unit_of = _renumbered(unit_of, single)
     left_alone = _left_alone(layers, units, unit_of)
-    return Dependencies(flow, groups, unit_of, left_alone, tuple(_one_of(flow, unit_of, group_of)))
+    return Dependencies(flow, groups, unit_of, left_alone, tuple(_one_of(flow, unit_of, group_of)), units.implied)
 
 
 def _tensors(model: nn.Module, flow: Flow) -> Iterator[tuple[str, nn.Module, Layer]]:
@@ -272,7 +266,7 @@ def _left_alone(layers: list[tuple[str, str, Layer]], units: Units, unit_of: Int
 def _one_of(flow: Flow, unit_of: IntArray, group_of: IntArray) -> Iterator[IntArray]:
     """Sets of units that no choice within groups leaves one of by itself."""
     sizes = np.bincount(group_of) if group_of.size else group_of
-    conditions = (before for before, after, _ in flow.channels._implied if (after == FIXED).any())
+    conditions = (before for before, after, _ in flow.channels.implied if (after == FIXED).any())
     seen: set[bytes] = set()
     for layer in (*conditions, *(layer for layer, _ in all_layers(flow))):
         units = np.unique(unit_of[layer])

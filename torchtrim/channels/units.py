@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from torchtrim.channels.labels import FIXED, EqualParts, Layer, varying
+from torchtrim.channels.labels import FIXED, EqualParts, Layer, Mask, varying
 from torchtrim.channels.run import Flow
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -23,11 +23,13 @@ class Units:
         root: For each channel the least channel of its unit; `FIXED` where it cannot go.
         first: The same as links alone say it.
         reasons: Why channels cannot go, by what `first` says of them.
+        implied: What goes where others go.
     """
 
     root: IntArray
     first: IntArray
     reasons: dict[int, str]
+    implied: Implied
 
     def reason(self, layer: Layer) -> str | None:
         """Why one of a layer's channels cannot go; `None` where all can."""
@@ -46,21 +48,27 @@ def units_of(flow: Flow, protect: Iterable[tuple[Layer, str]] = ()) -> Units:
         protect: Channels that are to stay, and why.
     """
     merge = _Merge.of(flow, protect)
-    implied = _Implied.of(flow)
+    implied = Implied.of(flow)
     tables = _tables(flow)
     parts = _by_call(flow.channels.parts)
     while True:
         before = merge.root.copy()
-        for layer, axis in getattr(flow.channels, "heads", ()):
-            merge.rows(layer, "the heads of an attention", axis)
+        for layer, axis in _heads(flow):
+            merge.heads(layer, axis, implied)
         implied.join(merge)
+        for layer in flow.channels.scale:
+            merge.whole_heads(layer)
         for call in parts:
             merge.parts(call)
         implied.join(merge)
         for layer, where in tables:
             merge.rows(layer, where)
+        for tie in getattr(flow, "ties", ()):
+            if (merge.root[tie.one] == FIXED).any() or (merge.root[tie.other] == FIXED).any():
+                for layer in (tie.one, tie.other):
+                    merge.pin(layer, f"as many have to stay as of what cannot be narrowed, at {tie.where}")
         if (merge.root == before).all():
-            return Units(merge.root, merge.first, merge.reasons)
+            return Units(merge.root, merge.first, merge.reasons, implied)
 
 
 def all_layers(flow: Flow) -> list[tuple[Layer, str]]:
@@ -83,12 +91,22 @@ def _tables(flow: Flow) -> list[tuple[Layer, str]]:
     return list(found.values())
 
 
+def _heads(flow: Flow) -> list[tuple[Layer, int]]:
+    """The heads of each attention, once; those first whose number of channels sets its scale."""
+    scale = {layer.tobytes() for layer in flow.channels.scale}
+    found = {(layer.tobytes(), axis): (layer, axis) for layer, axis in flow.channels.heads}
+    return sorted(found.values(), key=lambda each: each[0].tobytes() not in scale)
+
+
 def _by_call(parts: Sequence[EqualParts]) -> list[list[EqualParts]]:
     """The parts of each call (what it reads and what it writes): all of them go by rows, or all by columns."""
     calls: dict[tuple[str, int], dict[bytes, EqualParts]] = {}
     for part in parts:
         calls.setdefault((part.where, len(part.channels)), {}).setdefault(part.channels.tobytes(), part)
     return [list(call.values()) for call in calls.values()]
+
+
+_HEADS = "the heads of an attention"
 
 
 @dataclass(eq=False)
@@ -103,13 +121,13 @@ class _Merge:
     def of(flow: Flow, protect: Iterable[tuple[Layer, str]]) -> _Merge:
         """Merged as links say; what is linked to what cannot go is `FIXED`."""
         channels = flow.channels
-        pins = [(layer.ravel(), why) for layer, why in protect]
+        pins = [(np.zeros(0, np.int64), ""), *((layer.ravel(), why) for layer, why in protect)]
         for run in flow.runs:
             for call in run.calls.get("", ()):
                 outputs = [layer for _, label in call.outputs for layer in label.layers]
                 pins += [(layer.ravel(), "the model's output has its width") for layer in outputs]
         one, other = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for left, right, why in channels._links:
+        for left, right, why in channels.links:
             held = (left == FIXED) | (right == FIXED)
             if held.any():
                 pins.append((np.maximum(left, right)[held], f"it runs together with what cannot be narrowed at {why}"))
@@ -142,18 +160,27 @@ class _Merge:
         for each in np.unique(self.first[np.isin(self.root, roots[roots != FIXED])]).tolist():
             self.reasons.setdefault(each, why)
 
-    def join(self, one: IntArray, other: IntArray, why: str = "") -> None:
-        """Merge channels, each with the one at its place in the other array."""
+    def join(self, one: IntArray, other: IntArray, why: Sequence[str] = ("",), of: IntArray | None = None) -> None:
+        """Merge channels, each with the one at its place in the other array.
+
+        Args:
+            one: Channels.
+            other: As many.
+            why: Reasons for channels that cannot go since.
+            of: The number of the reason of each pair; by default the first.
+        """
         root = self.root
+        of = np.zeros(one.shape, dtype=np.int64) if of is None else of
         while True:
             left, right = root[one], root[other]
             apart = left != right
             if not apart.any():
                 return
-            one, other = one[apart], other[apart]
+            one, other, of = one[apart], other[apart], of[apart]
             low, high = np.minimum(left, right)[apart], np.maximum(left, right)[apart]
-            if (low == FIXED).any():
-                self._because(high[low == FIXED], why)
+            held = low == FIXED
+            for number in np.unique(of[held]).tolist():
+                self._because(high[held & (of == number)], why[number])
             np.minimum.at(root, high, low)
             while (root[root] != root).any():
                 root[:] = root[root]
@@ -172,6 +199,30 @@ class _Merge:
         if not any(bool((each == each[:, :1]).all()) for each in flat.values()):
             self._slices(max(flat.values(), key=_units_left), f"its channels are taken apart at {where}")
 
+    def heads(self, layer: Layer, axis: int, implied: Implied) -> None:
+        """Merge the channels of each attention head; where heads cannot go, the same place of all of them.
+
+        Args:
+            layer: The channels, by heads.
+            axis: The dimension that counts the heads.
+            implied: What goes with a head.
+        """
+        if (self.root[layer] == FIXED).all():
+            return
+        before = self.root.copy(), dict(self.reasons)
+        self.rows(layer, _HEADS, axis)
+        implied.join(self)
+        if len(np.unique(self.root[layer])) - bool((self.root[layer] == FIXED).any()) < 2:
+            self.root, self.reasons = before
+            for other in varying(layer) - {axis}:
+                self.rows(layer, _HEADS, other)
+
+    def whole_heads(self, layer: Layer) -> None:
+        """Hold channels fast that set the scale of an attention by their number, unless its heads go whole."""
+        cells = self.root[layer].reshape(layer.shape[0], -1)
+        if not bool((cells == cells[:, :1]).all()):
+            self.pin(layer, "how many there are in a head sets the scale of an attention")
+
     def parts(self, call: list[EqualParts]) -> None:
         """Merge parts that must stay equal: whole ones where these are more, else the same place in each."""
         cells = [self.root[part.channels] for part in call]
@@ -180,7 +231,7 @@ class _Merge:
             self._slices(each if by_rows else each.T, f"its parts must stay equal at {part.where}")
 
     def _slices(self, table: Layer, why: str) -> None:
-        self.join(table[:, 1:].ravel(), np.repeat(table[:, :1], table.shape[1] - 1, axis=1).ravel(), why)
+        self.join(table[:, 1:].ravel(), np.repeat(table[:, :1], table.shape[1] - 1, axis=1).ravel(), [why])
 
 
 def _units_left(table: Layer) -> int:
@@ -193,32 +244,47 @@ def _units_left(table: Layer) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class _Implied:
+class Implied:
     """What goes where others go, the conditions one after the other.
 
     Attributes:
         starts: Where each condition begins.
         channels: The channels of all of them.
-        ends: What follows of each, and why.
+        ends: What follows of all of them.
+        of: For each of these the number of its condition.
+        why: For each condition, why.
     """
 
     starts: IntArray
     channels: Layer
-    ends: list[tuple[Layer, str]]
+    ends: Layer
+    of: IntArray
+    why: list[str]
 
     @staticmethod
-    def of(flow: Flow) -> _Implied:
-        implied = [each for each in flow.channels._implied if each[0].size]
+    def of(flow: Flow) -> Implied:
+        implied = [each for each in flow.channels.implied if each[0].size]
         starts = np.cumsum([0, *(before.size for before, _, _ in implied)])[:-1].astype(np.int64)
         cells = [before for before, _, _ in implied] or [np.zeros(0, np.int64)]
-        return _Implied(starts, np.concatenate(cells), [(after, why) for _, after, why in implied])
+        ends = [after for _, after, _ in implied] or [np.zeros(0, np.int64)]
+        of = np.repeat(np.arange(len(ends)), [each.size for each in ends])
+        return Implied(starts, np.concatenate(cells), np.concatenate(ends), of, [why for _, _, why in implied])
+
+    def closed(self, gone: Mask) -> Mask:
+        """What goes where some channels go: those that are implied too."""
+        found = gone.copy()
+        while self.why:
+            count = int(found.sum())
+            found[self.ends[np.logical_and.reduceat(found[self.channels], self.starts)[self.of]]] = True
+            found[FIXED] = False
+            if int(found.sum()) == count:
+                break
+        return found
 
     def join(self, merge: _Merge) -> None:
         """Where one unit alone takes others with it, they are one."""
-        if not self.ends:
-            return
-        roots = merge.root[self.channels]
-        low, high = np.minimum.reduceat(roots, self.starts), np.maximum.reduceat(roots, self.starts)
-        for number in np.flatnonzero((low == high) & (low != FIXED)).tolist():
-            ends, why = self.ends[number]
-            merge.join(np.full(ends.shape, low[number]), ends, why)
+        if self.why:
+            roots = merge.root[self.channels]
+            low, high = np.minimum.reduceat(roots, self.starts), np.maximum.reduceat(roots, self.starts)
+            alone = ((low == high) & (low != FIXED))[self.of]
+            merge.join(low[self.of[alone]], self.ends[alone], self.why, self.of[alone])

@@ -1,7 +1,8 @@
-"""`prune_channels`: take the least important channels out of a model; everything downstream follows."""
+"""The edit behind `tt.prune_channels`: the least important channels go, and everything downstream follows."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -13,20 +14,18 @@ from torchtrim.channels import cost
 from torchtrim.channels.follow import follow
 from torchtrim.channels.groups import Dependencies, dependencies
 from torchtrim.channels.select import Scope
-from torchtrim.edits.apply import run
 from torchtrim.edits.budget import Budget
 from torchtrim.edits.channel_check import check_values
 from torchtrim.edits.edit import Edit
 from torchtrim.edits.prune_choice import Choice
-from torchtrim.edits.prune_decide import Decision, decide, narrowed
+from torchtrim.edits.prune_decide import Decision, decide, take_out
 from torchtrim.edits.prune_record import Pruned, PrunedGroup, lost_by, narrow_again, shapes_of
 from torchtrim.edits.reconstruct import reconstruct, set_tensors
 from torchtrim.edits.work import Work
-from torchtrim.errors import CheckFailed, EditError, GuardError
+from torchtrim.errors import CheckFailed, EditError, GuardError, TorchTrimWarning
 from torchtrim.graph import check as checks
 from torchtrim.graph.check import Side, variants
 from torchtrim.graph.copying import is_meta
-from torchtrim.graph.inputs import ExampleInputs
 from torchtrim.importance.channels import Importance
 from torchtrim.importance.gradients import Loss
 
@@ -85,6 +84,12 @@ class PruneChannels(Edit):
         found: dict[str, Any] = self.__dict__.get("_given", {})
         return found
 
+    def within(self, budget: Budget) -> PruneChannels:
+        """The same within another budget."""
+        other = replace(self, budget=budget)
+        other.__dict__["_given"] = self.given
+        return other
+
     def perform(self, work: Work) -> Edit:
         """Prune `work.model`; returns the record with what was decided."""
         if self.pruned is not None:
@@ -94,12 +99,12 @@ class PruneChannels(Edit):
         choice = Choice.of(self, work, found)
         decision = decide(work, found, choice)
         before = _attributes(work.model)
-        changes = narrowed(work, flow, decision.gone)
+        changes = take_out(work, flow, decision.gone)
         groups = tuple(PrunedGroup.of(group, decision.units) for group in found.groups)
         left_alone = found.left_alone | {
             found.groups[number].name: why for number, why in (choice.silent | decision.left_alone).items()
         }
-        notes = (*choice.notes, *_told(work, found, decision, groups, left_alone))
+        notes = (*choice.notes, *_budget(choice), *_told(work, found, decision, groups, left_alone))
         pruned = Pruned(
             groups,
             lost_by(changes),
@@ -136,87 +141,6 @@ class PruneChannels(Edit):
         if work.check:
             work.checked += _runs(work)
         return self
-
-
-def prune_channels(
-    model: nn.Module,
-    example_inputs: ExampleInputs | None = None,
-    ratio: float | Mapping[str, float] | None = None,
-    *,
-    importance: Importance = "magnitude",
-    scope: Scope = "uniform",
-    budget: Budget | None = None,
-    thresholds: Mapping[str, float] | None = None,
-    data: Iterable[Any] | None = None,
-    loss: Loss | None = None,
-    round_to: int = 8,
-    min_channels: int = 1,
-    max_ratio: float = 0.9,
-    protect: str | Collection[str] = (),
-    reconstruct: bool | str = False,
-    copy: bool = True,
-    check: bool = True,
-) -> nn.Module:
-    """Take the least important channels out of a model, and all that depends on them.
-
-    Which channels go together is found by following them through the whole forward, operator by operator, in both
-    modes: through residual connections, concatenations, groups, attention heads and recurrent cells. What reaches the
-    model's outputs stays. Layers whose channels cannot go are left alone; `tt.history` lists them, and why.
-
-    Args:
-        model: Any `nn.Module`. It is left as it was.
-        example_inputs: As for `cut`.
-        ratio: The fraction of the channels of each layer that go; or a dict of fractions by path or glob, of which for
-            each layer the first that fits counts (layers that none fits keep their width).
-        importance: What channels are ranked by, the least important going first: `"magnitude"`, `"l1"`, `"bn_scale"`,
-            `"lamp"`, `"fpgm"`, `"taylor"`, `"hessian"`, `"apoz"`, `"activation"`, `"random"`; a criterion of
-            torch-pruning; or a function that is given a `ChannelGroup` and returns scores.
-        scope: `"uniform"`: each layer loses its fraction. `"global"`: all layers are ranked together. `"isomorphic"`:
-            those of the same structure are (Fang et al., ECCV 2024).
-        budget: Limits to stay within, in place of a ratio.
-        thresholds: Scores by path or glob, in place of a ratio: channels of a layer that score less go.
-        data: Batches for criteria that look at activations or gradients, and for reconstruction.
-        loss: For criteria of gradients: `loss(output, target)`.
-        round_to: Widths are rounded to multiples of this, where a layer is twice as wide; in narrower ones to half of
-            it, and so on. 1 for no rounding.
-        min_channels: How many channels of a layer stay at least.
-        max_ratio: The largest fraction of a layer that may go.
-        protect: Paths or globs of layers whose output keeps its width.
-        reconstruct: Solve the layers that read pruned channels anew on `data`, by least squares.
-        copy: As for `cut`; without it, parameters that lose channels stay the same objects too.
-        check: Run the result in both modes, at several batch sizes and another input size, and compare it with the
-            original that ignores the pruned channels. Where a norm goes over them, it is only run.
-
-    Returns:
-        The narrower model.
-
-    Raises:
-        EditError: Nothing says how many channels are to go, or the model cannot be followed.
-        SelectionError: A path or glob that no layer fits.
-        InputError: A criterion needs data, and there is none.
-        CheckFailed: The result does not compute what it should.
-
-    Example:
-        >>> import torch
-        >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 10))
-        >>> narrow = prune_channels(net, torch.zeros(1, 3, 8, 8), 0.5)
-        >>> narrow[0].out_channels, narrow[1].num_features, narrow[4].in_features
-        (16, 16, 576)
-    """
-    edit = request(
-        ratio,
-        importance=importance,
-        scope=scope,
-        budget=budget,
-        thresholds=thresholds,
-        loss=loss,
-        round_to=round_to,
-        min_channels=min_channels,
-        max_ratio=max_ratio,
-        protect=protect,
-        reconstruct=reconstruct,
-    )
-    return run(model, example_inputs, [edit], copy=copy, check=check, data=data)
 
 
 def request(
@@ -276,6 +200,18 @@ def _told(
     if any(bool(decision.gone[layer].any()) for layer in flow.channels.mixed):
         told.append("a norm or sum over the pruned channels computes something else without them")
     return told
+
+
+def _budget(choice: Choice) -> list[str]:
+    """What a budget came to; a limit that is missed is warned of."""
+    asked, within = choice.asked.budget, choice.within
+    if asked is None or within is None:
+        return []
+    told = f"asked for {asked}: {within.told()}"
+    if within.missed:
+        told += f"; {', '.join(within.missed)} missed: at max_ratio={choice.asked.max_ratio} no more channels can go"
+        warnings.warn(told, TorchTrimWarning, stacklevel=2)
+    return [told]
 
 
 def _some(paths: list[str], limit: int = 6) -> str:

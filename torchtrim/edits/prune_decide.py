@@ -69,22 +69,22 @@ def failure(work: Work, flow: Flow, gone: Mask) -> EditError | None:
     """Why a model does not follow when channels go; `None` where it does. Nothing is changed."""
     attempt = Work(structural_copy(work.model), work.inputs)
     try:
-        narrowed(attempt, flow, gone)
+        take_out(attempt, flow, gone)
+        check_shapes(attempt, flow, gone, cut=False)
     except EditError as error:
         return error
     return None
 
 
-def narrowed(work: Work, flow: Flow, gone: Mask) -> list[Narrowing]:
-    """Take the channels out of `work.model`, and check every shape.
+def take_out(work: Work, flow: Flow, gone: Mask) -> list[Narrowing]:
+    """Take channels out of `work.model`.
 
     Raises:
-        EditError: It does not follow.
+        EditError: Nothing would be left of a tensor, or what is left has gaps.
     """
     changes = narrowings(work.model, flow, gone)
     narrow(work, changes)
     tell_the_truth(work.model, flow, gone, {change.owner for change in changes})
-    check_shapes(work, flow, gone, cut=False)
     return changes
 
 
