@@ -251,18 +251,19 @@ class Implied:
         starts: Where each condition begins.
         channels: The channels of all of them.
         ends: What follows of all of them.
-        of: For each of these the number of its condition.
+        by: For each of these the number of its condition.
         why: For each condition, why.
     """
 
     starts: IntArray
     channels: Layer
     ends: Layer
-    of: IntArray
+    by: IntArray
     why: list[str]
 
     @staticmethod
     def of(flow: Flow) -> Implied:
+        """All that is implied in a model."""
         implied = [each for each in flow.channels.implied if each[0].size]
         starts = np.cumsum([0, *(before.size for before, _, _ in implied)])[:-1].astype(np.int64)
         cells = [before for before, _, _ in implied] or [np.zeros(0, np.int64)]
@@ -275,7 +276,7 @@ class Implied:
         found = gone.copy()
         while self.why:
             count = int(found.sum())
-            found[self.ends[np.logical_and.reduceat(found[self.channels], self.starts)[self.of]]] = True
+            found[self.ends[np.logical_and.reduceat(found[self.channels], self.starts)[self.by]]] = True
             found[FIXED] = False
             if int(found.sum()) == count:
                 break
@@ -286,5 +287,5 @@ class Implied:
         if self.why:
             roots = merge.root[self.channels]
             low, high = np.minimum.reduceat(roots, self.starts), np.maximum.reduceat(roots, self.starts)
-            alone = ((low == high) & (low != FIXED))[self.of]
-            merge.join(low[self.of[alone]], self.ends[alone], self.why, self.of[alone])
+            alone = ((low == high) & (low != FIXED))[self.by]
+            merge.join(low[self.by[alone]], self.ends[alone], self.why, self.by[alone])
