@@ -130,7 +130,7 @@ class _Reading:
 def _readings(dependencies: Dependencies, training: bool) -> list[list[_Reading]]:
     """Where each group is looked at: in what the layers that read it are given, or what those that make it return."""
     calls = dependencies.flow.runs[training].calls
-    position = np.full(dependencies.count, -1, dtype=np.int64)
+    position = np.full(dependencies.count + 1, -1, dtype=np.int64)
     unit_of = dependencies.unit_of
     several = []
     for group in dependencies.groups:

@@ -158,7 +158,7 @@ def _by_group(
     if isinstance(criterion, criteria.ActivationImportance):
         statistic = share_of_nonzero if importance == "apoz" else mean_size
         for group, readings in zip(
-            groups_of(model, dependencies),
+            groups_of(model, dependencies, buffers=False, biases=False),
             observations(model, dependencies, _needed(data, importance), inputs, statistic),
             strict=True,
         ):
@@ -170,8 +170,9 @@ def _by_group(
     elif isinstance(criterion, criteria.GroupTaylorImportance):
         kind = "signed" if criterion.multivariable else "absolute"
         slopes = gradients(model, _needed(data, importance), loss, inputs, kind)
-    for group in groups_of(model, dependencies, slopes):
-        items = stand_ins(group, biases=getattr(criterion, "bias", False), shifted=importance == "fpgm")
+    biases = bool(getattr(criterion, "bias", False))
+    for group in groups_of(model, dependencies, slopes, buffers=False, biases=biases):
+        items = stand_ins(group, shifted=importance == "fpgm")
         yield group, criterion(items) if items else None
 
 

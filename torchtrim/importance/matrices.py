@@ -66,7 +66,12 @@ class ChannelGroup:
 
 
 def groups_of(
-    model: nn.Module, dependencies: Dependencies, gradients: Mapping[int, torch.Tensor] | None = None
+    model: nn.Module,
+    dependencies: Dependencies,
+    gradients: Mapping[int, torch.Tensor] | None = None,
+    *,
+    buffers: bool = True,
+    biases: bool = True,
 ) -> Iterator[ChannelGroup]:
     """The groups, in order, with their tensors as matrices; whole-number tensors (counters) are left out.
 
@@ -74,15 +79,19 @@ def groups_of(
         model: The model that the dependencies were made of.
         dependencies: Its groups.
         gradients: The gradient of each parameter, by its identity.
+        buffers: Whether buffers are among them.
+        biases: Whether biases are.
     """
     owners = _owners(model)
-    position = np.full(dependencies.count, -1, dtype=np.int64)
+    position = np.full(dependencies.count + 1, -1, dtype=np.int64)
     for group in dependencies.groups:
         position[group.units] = np.arange(len(group.units))
         tensors = []
         for member in group.members:
             owner, held = owners[member.path]
-            if not held.is_floating_point():
+            if not held.is_floating_point() or (not biases and is_bias(member.role, member.path)):
+                continue
+            if not buffers and not isinstance(held, nn.Parameter):
                 continue
             found = _tensor(member, owner, held, position, (gradients or {}).get(id(held)))
             if found is not None:
@@ -90,6 +99,12 @@ def groups_of(
         position[group.units] = -1
         first = [each for each in tensors if each.role == "writes" and each.path.rpartition(".")[0] == group.name][:1]
         yield ChannelGroup(group.name, len(group.units), (*first, *(each for each in tensors if each not in first)))
+
+
+def is_bias(role: str, path: str) -> bool:
+    """Whether a tensor that holds values is a bias, or a norm's shift, by its name."""
+    name = path.rpartition(".")[2]
+    return role == "holds" and (name.startswith("bias") or name.endswith("bias"))
 
 
 def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, torch.Tensor]]:
@@ -132,20 +147,22 @@ def rows_of(units: Layer, position: IntArray) -> Places | None:
 
     Args:
         units: The layer: unit numbers, -1 for what cannot go.
-        position: For each unit of the model its place in the group, -1 for those of other groups.
+        position: For each unit of the model its place in the group, -1 for those of other groups; and a last -1.
 
     Example:
-        >>> found = rows_of(np.array([7, 5, 7, 6, -1]), np.array([-1] * 5 + [0, -1, 1]))
+        >>> found = rows_of(np.array([7, 5, 7, 6, -1]), np.array([-1] * 5 + [0, -1, 1, -1]))
         >>> found.units, found.order, found.counts
         (array([0, 1]), array([1, 0, 2]), array([1, 2]))
     """
-    flat = units.ravel()
-    place = np.where(flat < 0, -1, position[flat])
+    place = position[units.ravel()]
     entries = np.flatnonzero(place >= 0)
     if not entries.size:
         return None
     told = place[entries]
-    if (np.diff(told) < 0).any():
+    steps = told[1:] - told[:-1]
+    if steps.min(initial=1) > 0:
+        return Places(told, entries, np.ones_like(told))
+    if steps.min() < 0:
         order = np.argsort(told, kind="stable")
         entries, told = entries[order], told[order]
     found, counts = np.unique(told, return_counts=True)
@@ -157,20 +174,20 @@ def gathered(tensor: torch.Tensor, units: Layer, places: Places) -> torch.Tensor
 
     Example:
         >>> units = np.array([[0], [1], [1]])
-        >>> gathered(torch.arange(6.0).reshape(3, 2), units, rows_of(units, np.arange(2)))
+        >>> gathered(torch.arange(6.0).reshape(3, 2), units, rows_of(units, np.array([0, 1, -1])))
         tensor([[0., 1., 0., 0.],
                 [2., 3., 4., 5.]])
     """
     axes = sorted(varying(units))
     entries = int(np.prod([tensor.shape[axis] for axis in axes]))
-    flat = tensor.movedim(tuple(axes), tuple(range(len(axes)))).reshape(entries, -1).float()
+    flat = tensor.movedim(tuple(axes), tuple(range(len(axes)))).reshape(entries, -1)
     start, count = int(places.order[0]), len(places.order)
-    if places.order[-1] - start + 1 == count and bool((np.diff(places.order) == 1).all()):
-        taken = flat[start : start + count]
+    if places.order[-1] - start + 1 == count and (places.order[1:] > places.order[:-1]).all():
+        taken = flat[start : start + count].float()
     else:
-        taken = flat[torch.as_tensor(places.order, device=tensor.device)]
+        taken = flat[torch.as_tensor(places.order, device=tensor.device)].float()
     most = int(places.counts.max())
-    if bool((places.counts == most).all()):
+    if (places.counts == most).all():
         return taken.reshape(len(places.units), -1)
     wide = taken.new_zeros(len(places.units), most, taken.shape[1])
     unit = np.repeat(np.arange(len(places.units)), places.counts)

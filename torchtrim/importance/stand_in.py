@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from torchtrim.channels.units import IntArray
-from torchtrim.importance.matrices import ChannelGroup, GroupTensor
+from torchtrim.importance.matrices import ChannelGroup, GroupTensor, is_bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ class Item(tuple[Dependency, list[int]]):
         return self[1]
 
 
-def stand_ins(group: ChannelGroup, *, biases: bool = False, shifted: bool = False) -> list[Item]:
+def stand_ins(group: ChannelGroup, *, shifted: bool = False) -> list[Item]:
     """A group as torch-pruning reads one.
 
     Weights that write or read, batch norms and layer norms stand for themselves. As in torch-pruning, other norms,
@@ -75,51 +75,30 @@ def stand_ins(group: ChannelGroup, *, biases: bool = False, shifted: bool = Fals
 
     Args:
         group: The group.
-        biases: Whether biases are looked at too.
         shifted: Take the smallest value of a matrix off all others. Distances between rows stay, and no value is
             negative: torch-pruning's criterion of distances takes those between the sizes of the weights.
     """
     if shifted:
         tensors = tuple(replace(each, values=each.values - each.values.min()) for each in group.tensors)
         group = replace(group, tensors=tensors)
-    items = [_item(each) for each in group.tensors if biases or not _is_bias(each)]
-    found = [item for item in items if item is not None]
-    return found or [_weights(each) for each in group.tensors if _name(each) in each.owner._parameters]
+    items = [_item(each) for each in group.tensors]
+    return [item for item in items if item is not None] or [_weights(each) for each in group.tensors]
 
 
 def observed(rows: IntArray, values: torch.Tensor) -> Item:
     """A statistic of what is read of each unit, as torch-pruning's criterion of activations takes it."""
     from torch_pruning.pruner import function
 
-    layer = _empty(nn.Linear)
-    layer._importance = values
+    layer = _layer(nn.Linear, None, _importance=values)
     return Item.of(layer, function.prune_linear_in_channels, rows)
 
 
 def _item(tensor: GroupTensor) -> Item | None:
-    if tensor.role != "holds":
-        return _weights(tensor)
-    if _name(tensor) not in ("weight", "bias"):
-        return _weights(tensor) if _is_bias(tensor) else None
-    if isinstance(tensor.owner, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)):
+    bias = is_bias(tensor.role, tensor.path)
+    norm = isinstance(tensor.owner, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm))
+    if norm and (bias or tensor.path.endswith("weight")):
         return _norm(tensor)
-    return _weights(tensor) if _is_bias(tensor) else None
-
-
-def _is_bias(tensor: GroupTensor) -> bool:
-    name = _name(tensor)
-    return tensor.role == "holds" and (name.startswith("bias") or name.endswith("bias"))
-
-
-def _name(tensor: GroupTensor) -> str:
-    return tensor.path.rpartition(".")[2]
-
-
-def _empty(kind: type[nn.Module]) -> Any:
-    """A layer without its own weights, which would be drawn at random."""
-    layer = kind.__new__(kind)
-    nn.Module.__init__(layer)
-    return layer
+    return _weights(tensor) if bias or tensor.role != "holds" else None
 
 
 def _weights(tensor: GroupTensor) -> Item:
@@ -129,15 +108,15 @@ def _weights(tensor: GroupTensor) -> Item:
     reads = tensor.role == "reads"
     convolution = isinstance(tensor.owner, nn.modules.conv._ConvNd)
     ones = (1,) * len(tensor.owner.kernel_size) if convolution else ()  # type: ignore[arg-type]
-    layer = _empty((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(ones)])
 
     def shaped(values: torch.Tensor) -> torch.Tensor:
         turned = values.T if reads else values
         return turned.reshape(*turned.shape, *ones)
 
-    layer.weight, layer.bias = _parameter(tensor, shaped), None
-    layer.transposed, layer.groups = False, 1
-    layer.out_channels, layer.in_channels = layer.out_features, layer.in_features = layer.weight.shape[:2]
+    weight = _parameter(tensor, shaped)
+    wide, deep = weight.shape[:2]
+    sizes = {"out_channels": wide, "in_channels": deep, "out_features": wide, "in_features": deep}
+    layer = _layer((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(ones)], weight, transposed=False, groups=1, **sizes)
     if convolution:
         handler = function.prune_conv_in_channels if reads else function.prune_conv_out_channels
     else:
@@ -150,11 +129,19 @@ def _norm(tensor: GroupTensor) -> Item:
     from torch_pruning.pruner import function
 
     batch = isinstance(tensor.owner, nn.modules.batchnorm._BatchNorm)
-    layer = _empty(nn.BatchNorm1d if batch else nn.LayerNorm)
-    layer.affine = layer.elementwise_affine = True
-    layer.weight, layer.bias = _parameter(tensor, torch.flatten), None
+    weight = _parameter(tensor, torch.flatten)
+    layer = _layer(nn.BatchNorm1d if batch else nn.LayerNorm, weight, affine=True, elementwise_affine=True)
     handler = function.prune_batchnorm_out_channels if batch else function.prune_layernorm_out_channels
     return Item.of(layer, handler, tensor.rows.repeat(tensor.values.shape[1]))
+
+
+def _layer(kind: type[nn.Module], weight: nn.Parameter | None, **attributes: Any) -> nn.Module:
+    """A layer without weights of its own, which would be drawn at random."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    layer._parameters |= {"weight": weight, "bias": None}
+    layer.__dict__ |= attributes
+    return layer
 
 
 def _parameter(tensor: GroupTensor, shaped: Callable[[torch.Tensor], torch.Tensor]) -> nn.Parameter:
