@@ -60,9 +60,11 @@ if TYPE_CHECKING:
     from torchtrim.recipe.recipe import Recipe
     from torchtrim.search.prune import prune_channels
     from torchtrim.train.freeze import freeze, unfreeze
+    from torchtrim.train.gradual_pruning import GradualPruning
     from torchtrim.train.groups import param_groups
     from torchtrim.train.optimizer import Synced, sync_optimizer
     from torchtrim.train.recalibrate import Recalibration, recalibrate_batchnorm
+    from torchtrim.train.sparsity import SparsityPenalty
 
 _HOME = {
     "bench.latency": ("Benchmark", "benchmark"),
@@ -116,9 +118,11 @@ _HOME = {
     "recipe.recipe": ("Recipe",),
     "search.prune": ("prune_channels",),
     "train.freeze": ("freeze", "unfreeze"),
+    "train.gradual_pruning": ("GradualPruning",),
     "train.groups": ("param_groups",),
     "train.optimizer": ("Synced", "sync_optimizer"),
     "train.recalibrate": ("Recalibration", "recalibrate_batchnorm"),
+    "train.sparsity": ("SparsityPenalty",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -143,6 +147,7 @@ __all__ = [
     "ExportMismatch",
     "ExportReport",
     "FuseBatchNorm",
+    "GradualPruning",
     "GuardError",
     "HeadError",
     "History",
@@ -163,6 +168,7 @@ __all__ = [
     "Remove",
     "Replace",
     "SelectionError",
+    "SparsityPenalty",
     "Summary",
     "Synced",
     "TorchTrimError",
