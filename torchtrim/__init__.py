@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from torchtrim.graph.paths import find
     from torchtrim.graph.summary import Summary, summary
     from torchtrim.graph.trace import ModuleGraph, Node, trace
+    from torchtrim.importance.matrices import ChannelGroup, GroupTensor
     from torchtrim.models import load_model
     from torchtrim.recipe.recipe import Recipe
     from torchtrim.search.prune import prune_channels
@@ -114,6 +115,7 @@ _HOME = {
     "graph.paths": ("find",),
     "graph.summary": ("Summary", "summary"),
     "graph.trace": ("ModuleGraph", "Node", "trace"),
+    "importance.matrices": ("ChannelGroup", "GroupTensor"),
     "models": ("load_model",),
     "recipe.recipe": ("Recipe",),
     "search.prune": ("prune_channels",),
@@ -131,6 +133,7 @@ __all__ = [
     "AttachHead",
     "Benchmark",
     "Budget",
+    "ChannelGroup",
     "CheckFailed",
     "CheckpointDamaged",
     "CheckpointError",
@@ -148,6 +151,7 @@ __all__ = [
     "ExportReport",
     "FuseBatchNorm",
     "GradualPruning",
+    "GroupTensor",
     "GuardError",
     "HeadError",
     "History",
