@@ -25,6 +25,18 @@ from torchtrim.graph.inputs import Inputs
 __all__ = ["Flow", "ModuleCall", "Run", "Step", "follow", "rerun", "shape_after"]
 
 
+class NotFollowable(EditError):
+    """A forward that does not run on shapes alone.
+
+    Attributes:
+        run: What it did until then.
+    """
+
+    def __init__(self, run: Run, message: str, **told: Any) -> None:
+        super().__init__(message, **told)
+        self.run = run
+
+
 def follow(model: nn.Module, inputs: Inputs, *, dead: frozenset[str] = frozenset()) -> Flow:
     """Follow the channels of a model through its forward in both modes.
 
@@ -113,7 +125,8 @@ class _Follower(TorchDispatchMode):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        out = func(*args, **kwargs)
+        out = _batch_normed(args) if func is torch.ops.aten.native_batch_norm.default else None
+        out = func(*args, **kwargs) if out is None else out
         results = tensors_in(out)
         if not results:
             return out
@@ -190,6 +203,15 @@ class _Follower(TorchDispatchMode):
             )
 
 
+def _batch_normed(args: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
+    """What a batch norm gives, where nothing is wrong with what it is given: torch takes many small steps to say so."""
+    source, *held, training, _, _ = args
+    if source.dim() < 2 or any(each is not None and shape_of(each) != (source.shape[1],) for each in held):
+        return None
+    saved = source.new_empty(source.shape[1] if training else 0)
+    return torch.empty_like(source), saved, torch.empty_like(saved)
+
+
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether an operator that can draw random numbers does: attention draws none without dropout."""
     return bool(_bound(func, args, kwargs).get("dropout_p", 1.0))
@@ -217,7 +239,7 @@ def _run(
     dead: frozenset[str],
 ) -> Run:
     failed: Exception | None = None
-    where = ""
+    stopped, where = Run(training), ""
     batches = dict.fromkeys((max(inputs.batch, 2), inputs.batch))
     for hooks in (False, True)[: 1 + has_function_hooks(model)]:
         for batch in batches:
@@ -229,7 +251,9 @@ def _run(
             except Exception as error:  # noqa: BLE001 -- whatever a forward raises: another way may do
                 if failed is None:
                     failed, where = error, follower.stack[-1][0] if follower.stack else ""
-    raise EditError(
+                    stopped = follower.run
+    raise NotFollowable(
+        stopped,
         f"the model's forward cannot be followed in {'train' if training else 'eval'} mode: {failed}",
         path=where or None,
         found=inputs.describe(),

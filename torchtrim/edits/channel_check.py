@@ -5,6 +5,7 @@ The reference is the original whose layers ignore the deleted channels: the weig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torchtrim.channels.follow import Flow, Run, Step, rerun, shape_after
-from torchtrim.channels.labels import Mask, kept_indices, varying
+from torchtrim.channels.labels import Label, Layer, Mask, kept_indices, varying
 from torchtrim.edits.work import Work
 from torchtrim.errors import CheckFailed, EditError, GuardError
 from torchtrim.graph.check import Side, Variant, differs, run, variants
@@ -31,15 +32,18 @@ def check_shapes(work: Work, flow: Flow, gone: Mask, *, cut: bool) -> None:
         cut: Whether operators were taken out too: then the modules' outputs are compared.
 
     Raises:
-        EditError: The forward does not follow: a width is written into it.
+        NotFollowed: The forward does not follow: a width is written into it. Says which channels are at fault.
     """
     for before in flow.runs:
         try:
             after = rerun(work.model, work.inputs, before.training)
         except EditError as error:
             cause = error.__cause__ or error
-            raise EditError(
-                f"it does not run without these channels: {str(cause).rstrip('.')}", path=error.path, hint=_FOLLOW
+            raise NotFollowed(
+                f"it does not run without these channels: {str(cause).rstrip('.')}",
+                path=error.path,
+                hint=_FOLLOW,
+                layers=_stopped(before, getattr(error, "run", None), gone),
             ) from error
         steps, others = _told(before), _told(after)
         # Operators were taken out; or the same forward takes others (a product of one row).
@@ -47,6 +51,33 @@ def check_shapes(work: Work, flow: Flow, gone: Mask, *, cut: bool) -> None:
             _compare_calls(before, after, gone)
         else:
             _compare_steps(steps, others, gone)
+
+
+class NotFollowed(EditError):
+    """A forward that does not follow where channels go.
+
+    Attributes:
+        layers: The channels of the values at which it does not.
+    """
+
+    def __init__(self, message: str, *, layers: Sequence[Layer] = (), **told: Any) -> None:
+        super().__init__(message, **told)
+        self.layers = tuple(layers)
+
+
+def _stopped(before: Run, after: Run | None, gone: Mask) -> tuple[Layer, ...]:
+    """What goes into the operator at which a forward stopped, and comes of it: the channels that lose some."""
+    steps = _told(before)
+    number = 0 if after is None else len(_told(after))
+    # A shape that is wrong may be seen later than it is made: what was not as foretold comes first.
+    found = [] if after is None else _told(after)
+    for step, other in zip(steps, found, strict=False):
+        for (shape, label), (now, _) in zip(step.outputs, other.outputs, strict=False):
+            if step.name == other.name and not label.aside and shape_after(shape, label, gone) != now:
+                return label.layers
+    step = steps[number] if number < len(steps) else None
+    values = () if step is None else (*step.given, *step.outputs)
+    return tuple(layer for _, label in values for layer in label.layers if bool(gone[layer].any()))
 
 
 _FOLLOW = "a layer whose channels are not taken apart by fixed numbers in a module's own forward"
@@ -64,8 +95,8 @@ def _compare_steps(before: list[Step], after: list[Step], gone: Mask) -> None:
     for step, found in zip(before, after, strict=True):
         for (shape, label), (other, _) in zip(step.outputs, found.outputs, strict=False):
             if not label.aside:
-                _expect(shape_after(shape, label, gone), other, step.where)
-        _expect(_start_after(step, gone), None if found.start is None else found.start[1:], step.where)
+                _expect(shape_after(shape, label, gone), other, step.where, label)
+        _expect(_start_after(step, gone), None if found.start is None else found.start[1:], step.where, step.source)
 
 
 def _start_after(step: Step, gone: Mask) -> tuple[int, ...] | None:
@@ -84,16 +115,17 @@ def _compare_calls(before: Run, after: Run, gone: Mask) -> None:
     for path, calls in after.calls.items():
         for call, found in zip(before.calls.get(path, []), calls, strict=False):
             for (shape, label), (other, _) in zip(call.outputs, found.outputs, strict=False):
-                _expect(shape_after(shape, label, gone), other, repr(path))
+                _expect(shape_after(shape, label, gone), other, repr(path), label)
 
 
-def _expect(expected: tuple[int, ...] | None, found: tuple[int, ...] | None, where: str) -> None:
+def _expect(expected: tuple[int, ...] | None, found: tuple[int, ...] | None, where: str, label: Label | None) -> None:
     if expected != found:
-        raise EditError(
+        raise NotFollowed(
             f"the forward does not follow at {where}: a width is written there, or channels are taken apart",
             found=found,
             expected=expected or "channels that leave no gaps (the same ones of each part)",
             hint=_FOLLOW,
+            layers=() if label is None else label.layers,
         )
 
 

@@ -59,21 +59,21 @@ def narrowings(model: nn.Module, flow: Flow, gone: Mask) -> list[Narrowing]:
 
 def narrow(work: Work, changes: list[Narrowing]) -> None:
     """Put narrower tensors in place of those that lose something, wherever they are referred to."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in work.model.modules():
+        for name, held in (*module._parameters.items(), *module._buffers.items()):
+            places.setdefault(id(held), []).append((module, name))
     for change in changes:
-        parameter = change.owner._parameters.get(change.name)
-        if parameter is not None:
-            new = work.reshape(change.owner, change.name, change.taken(parameter.detach()))
-            if parameter.grad is not None:
-                new.grad = change.taken(parameter.grad.detach())
-            continue
-        buffer = change.owner._buffers[change.name]
-        if buffer is None:
-            continue
-        smaller = change.taken(buffer)
-        for module in work.model.modules():
-            for key, held in module._buffers.items():
-                if held is buffer:
-                    module._buffers[key] = smaller
+        old = getattr(change.owner, change.name)
+        new = change.taken(old.detach())
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+            work.came_from[new] = work.came_from.pop(old, old)
+            if old.grad is not None:
+                new.grad = change.taken(old.grad.detach())
+        for module, name in places[id(old)]:
+            held_by = module._parameters if isinstance(old, nn.Parameter) else module._buffers
+            held_by[name] = new
     for module in work.model.modules():
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
