@@ -253,6 +253,7 @@ class Implied:
         ends: What follows of all of them.
         by: For each of these the number of its condition.
         why: For each condition, why.
+        held: The channels of all parameters and buffers.
     """
 
     starts: IntArray
@@ -260,6 +261,7 @@ class Implied:
     ends: Layer
     by: IntArray
     why: list[str]
+    held: Layer
 
     @staticmethod
     def of(flow: Flow) -> Implied:
@@ -268,8 +270,10 @@ class Implied:
         starts = np.cumsum([0, *(before.size for before, _, _ in implied)])[:-1].astype(np.int64)
         cells = [before for before, _, _ in implied] or [np.zeros(0, np.int64)]
         ends = [after for _, after, _ in implied] or [np.zeros(0, np.int64)]
-        of = np.repeat(np.arange(len(ends)), [each.size for each in ends])
-        return Implied(starts, np.concatenate(cells), np.concatenate(ends), of, [why for _, _, why in implied])
+        by = np.repeat(np.arange(len(ends)), [each.size for each in ends])
+        why = [why for _, _, why in implied]
+        held = [layer.ravel() for label in flow.tensors.values() for layer in label.layers] or [np.zeros(0, np.int64)]
+        return Implied(starts, np.concatenate(cells), np.concatenate(ends), by, why, np.concatenate(held))
 
     def closed(self, gone: Mask) -> Mask:
         """What goes where some channels go: those that are implied too."""
@@ -283,9 +287,17 @@ class Implied:
         return found
 
     def join(self, merge: _Merge) -> None:
-        """Where one unit alone takes others with it, they are one."""
-        if self.why:
+        """Where one unit alone takes others with it, they are one.
+
+        Channels that stand in no parameter or buffer are not chosen: they go when all that implies them does.
+        """
+        while self.why:
             roots = merge.root[self.channels]
             low, high = np.minimum.reduceat(roots, self.starts), np.maximum.reduceat(roots, self.starts)
-            alone = ((low == high) & (low != FIXED))[self.by]
+            own = np.zeros(merge.root.shape, dtype=bool)
+            own[merge.root[self.held]] = True
+            alone = ((low == high) & (low != FIXED) & own[low])[self.by]
+            before = merge.root.copy()
             merge.join(low[self.by[alone]], self.ends[alone], self.why, self.by[alone])
+            if (merge.root == before).all():
+                return
