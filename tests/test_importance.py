@@ -18,7 +18,7 @@ from torchtrim.errors import EditError, InputError, ModelError, SelectionError
 from torchtrim.graph.inputs import Inputs
 from torchtrim.importance.channels import scores, silent
 from torchtrim.importance.matrices import ChannelGroup
-from torchtrim.importance.thresholds import ratios_below
+from torchtrim.importance.thresholds import makers, ratios_below
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 3, 1, 2])
@@ -389,12 +389,18 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
         by_group(away, "magnitude")
 
 
+def test_a_depthwise_convolution_makes_no_channels() -> None:
+    units = found(Concatenated())
+    assert [makers(units, group) for group in units.groups] == [["one"], ["other"]]
+
+
 def test_thresholds_go_by_name() -> None:
     net = Plain()
     units = found(net)
     values = np.arange(units.count, dtype=float)
     for group in units.groups:
         values[group.units] = np.linspace(0, 1, len(group.units), endpoint=False)
+    assert makers(units, units.groups[0]) == ["conv1", "conv3"]
     assert ratios_below(units, values, {"conv2": 0.5, "*": 0.25}) == {"conv1": 0.25, "conv2": 0.5, "fc1": 0.25}
     assert ratios_below(units, values, {"conv3": 0.5}) == {
         "conv1": 0.5,
