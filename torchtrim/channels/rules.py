@@ -169,12 +169,17 @@ def joined(channels: Channels, operands: Sequence[tuple[Sequence[Layer], Shape]]
         why: The call.
     """
     held: dict[frozenset[int], dict[int, Layer]] = {}
+    every = [(number, layer) for number, (layers, _) in enumerate(operands) for layer in layers]
+    extra: list[Layer] = []
     for number, (layers, _) in enumerate(operands):
         for layer in layers:
             same = held.setdefault(varying(layer), {})
-            if number in same:
+            if number not in same:
+                same[number] = layer
+            elif any(other != number and varying(each) & varying(layer) for other, each in every):
                 channels.link(same[number], layer, why)
-            same.setdefault(number, layer)
+            else:
+                extra.append(layer)  # a weight that is viewed with its inputs and its kernel along one dimension
     results: dict[frozenset[int], Layer] = {}
     covered: dict[frozenset[int], set[int]] = {}  # by a finer layer: which operands have that
     for axes in sorted(held, key=len, reverse=True):
@@ -188,12 +193,14 @@ def joined(channels: Channels, operands: Sequence[tuple[Sequence[Layer], Shape]]
             told = extent & frozenset().union(*map(varying, layers))
             first = channels.fixed_along(first, extent - told, why)  # the operand has no channels along the others
             for layer in layers if first is not None else ():
+                if varying(layer) < axes and set(held[axes]) <= set(held[varying(layer)]):
+                    continue  # what is finer has channels of its own there, beside these (rows of a grouped weight)
                 _tie(channels, first, layer, why)
                 if varying(layer) < axes:
                     covered.setdefault(varying(layer), set()).update(held[axes])
         if first is not None and axes not in covered:
             channels.link(results.setdefault(varying(first), first), first, why)
-    return list(results.values())
+    return [*results.values(), *extra]
 
 
 def _tie(channels: Channels, first: Layer | None, layer: Layer, why: str) -> None:
