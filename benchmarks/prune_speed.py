@@ -3,7 +3,7 @@
     python benchmarks/prune_speed.py            # seven networks, both engines, minutes (torch-pruning's limits)
     python benchmarks/prune_speed.py --quick    # two small ones
 
-Each in a process of its own, one thread, pictures of 224 pixels. *Graph* is what goes together: the forward followed in
+Each in a process of its own, CPU seconds of one thread, pictures of 224 pixels. *Graph* is what goes together: the forward followed in
 both modes and the groups (torch-pruning: the pruner made). *Step* is the whole of `prune_channels` without the graph,
 a copy of the model included and its checks left out (torch-pruning: `step()`, in place, without checks). With `checks`
 is all of `prune_channels` as it comes. Best of three, after one that imports; memory is the peak above the model.
@@ -94,9 +94,9 @@ def _plain(model: torch.nn.Module, x: torch.Tensor) -> dict[str, Any]:
 
 
 def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
+    began = time.process_time()
     found = function()
-    return time.perf_counter() - began, found
+    return time.process_time() - began, found
 
 
 def table(results: dict[str, dict[str, Any]], limits: dict[str, Any]) -> Table:
