@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 from torch import nn
@@ -69,6 +69,8 @@ class PruneChannels(Edit):
         for ratio in (*ratios, self.max_ratio):
             if ratio is not None and (isinstance(ratio, bool) or not 0 <= ratio < 1):
                 raise EditError("the fraction of channels that go", found=ratio, expected="0 to 1, without 1")
+        if self.scope not in get_args(Scope):
+            raise EditError("no such scope", path="scope", found=self.scope, expected=", ".join(get_args(Scope)))
         for name in ("round_to", "min_channels"):
             if getattr(self, name) < 1:
                 raise EditError("a number of channels", path=name, found=getattr(self, name), expected="1 or more")
@@ -242,9 +244,15 @@ def _runs(work: Work) -> list[str]:
 
 def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {
-        path: {name: value for name, value in module.__dict__.items() if isinstance(value, (int, tuple, list))}
+        path: {name: value for name, value in module.__dict__.items() if _is_plain(value)}
         for path, module in model.named_modules()
     }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return isinstance(value, int)
 
 
 def _changed(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
