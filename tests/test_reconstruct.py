@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import torchtrim as tt
+from torchtrim.channels.follow import follow
+from torchtrim.channels.groups import dependencies
 from torchtrim.edits.reconstruct import Reconstruction, reconstruct, set_tensors
 from torchtrim.edits.work import Work
 from torchtrim.graph.inputs import Inputs
+from torchtrim.importance.channels import scores
 
 
 class Residual(nn.Module):
@@ -187,3 +191,75 @@ def test_without_data_it_says_what_it_needs() -> None:
     net = tt.delete_channels(model, x[:1], "one.0", [0], check=False)
     with pytest.raises(tt.InputError, match="reconstruction looks at what flows"):
         reconstruct(model, net, tt.history(net).edits[-1].narrowed, inputs=Inputs.of(x[:1]), data=None)
+
+
+def _scores(net: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    found = dependencies(net, follow(net, Inputs.of(x[:1])))
+    values = scores(net, found, "reconstruction", data=x.split(20), inputs=x[:1])
+    return {group.name: torch.as_tensor(values[group.units]) for group in found.groups}
+
+
+@torch.no_grad()
+def test_a_channel_that_another_can_stand_in_for_is_worth_little() -> None:
+    """One of two twins may go, though their weights are the largest; then the other one counts in full."""
+    net, x = nn.Sequential(nn.Linear(40, 10), nn.ReLU(), nn.Linear(10, 4)).eval(), torch.randn(400, 40)
+    net[0].weight[7] = net[0].weight[2] = 2 * net[0].weight[2]
+    net[0].bias[7] = net[0].bias[2]
+    found = _scores(net, x)["0"]
+    low, high = sorted((float(found[2]), float(found[7])))
+    assert low == float(found.min()) and low < 0.2 * float(found.median()) and high > float(found.median())
+
+
+@torch.no_grad()
+def test_the_score_is_what_the_outputs_lose() -> None:
+    """For one linear layer the cost is exact: the squared error of the best that is left, by the outputs' variance."""
+    net, x = nn.Sequential(nn.Linear(40, 8), nn.Tanh(), nn.Linear(8, 3)).eval(), torch.randn(4000, 40)
+    found = _scores(net, x)["0"]
+    cheapest = int(found.argmin())
+    hidden, right = net[:2](x), net(x)
+    others = [each for each in range(8) if each != cheapest]
+    given = torch.cat([hidden[:, others], torch.ones(len(x), 1)], 1)
+    left = right - given @ torch.linalg.lstsq(given, right).solution
+    saved = 40 + 3
+    expected = float((left.square().sum(1).mean() / right.var()) / 3) / saved
+    assert float(found[cheapest]) == pytest.approx(expected, rel=0.3)
+
+
+def test_it_leaves_a_model_as_it_was_and_needs_data() -> None:
+    net, x = Residual().train(), torch.randn(40, 3, 8, 8)
+    net.fc.weight.requires_grad_(False)
+    before = {name: each.clone() for name, each in net.state_dict().items()}
+    seed = torch.random.get_rng_state()
+    found = _scores(net, x)
+    assert set(found) >= {"stem", "one.0", "two.0"} and all(bool(each.isfinite().all()) for each in found.values())
+    assert all(torch.equal(net.state_dict()[name], each) for name, each in before.items())
+    assert net.training and not net.fc.weight.requires_grad and all(p.grad is None for p in net.parameters())
+    assert torch.equal(seed, torch.random.get_rng_state())
+    with pytest.raises(tt.InputError, match="needs data"):
+        tt.prune_channels(net, x[:1], 0.5, importance="reconstruction")
+
+
+@torch.no_grad()
+def test_pruned_and_reconstructed_in_one_call_and_done_again_without_data(tmp_path: Path) -> None:
+    model, x = Residual(), torch.randn(80, 3, 8, 8)
+    model = _trained_norms(model, x)
+    nets = {
+        reconstruct: tt.prune_channels(
+            model,
+            x[:1],
+            0.3,
+            importance="reconstruction",
+            scope="global",
+            round_to=1,
+            data=[x],
+            reconstruct=reconstruct,
+        )
+        for reconstruct in (False, True)
+    }
+    other = torch.randn(40, 3, 8, 8)
+    assert _error(nets[True], model, other) < 0.8 * _error(nets[False], model, other)
+    assert any("reconstruction: " in note for note in tt.history(nets[True]).entries[-1].notes)
+    again = tt.apply(model, None, tt.history(nets[True]))
+    tt.save(nets[True], tmp_path / "net.trim")
+    loaded = tt.load(tmp_path / "net.trim", model=Residual())
+    assert torch.equal(again(other), nets[True](other)) and torch.equal(loaded(other), nets[True](other))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the ridge, in units of the mean variance of what is read
+_STRENGTHS = (math.inf, 10.0, 1.0, 1e-1, 1e-2, 1e-3)  # of the ridge, in units of the mean variance of what is read
 _WORTH = 0.999  # the error on data held back has to fall to this share
 _WORK = 1e9  # multiplications that an input row may cost; of a convolution that costs more, fewer places are taken
 _FEWEST = 64  # places of one input
@@ -105,8 +105,11 @@ class _Sums:
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         x, y = x.float(), y.float()
         new = [x.sum(1), y.sum(1), x.mT @ x, x.mT @ y, y.square().sum(1)]
-        doubled = [each.double() for each in new]
-        self.totals = [a + b for a, b in zip(self.totals, doubled, strict=True)] if self.count else doubled
+        if not self.count:
+            self.totals = [each.double() for each in new]
+        else:
+            for total, each in zip(self.totals, new, strict=True):
+                total += each
         self.count += x.shape[1]
 
     def means(self) -> list[torch.Tensor]:
@@ -149,12 +152,16 @@ class Fit:
         missing = xy - xx @ old
         eye = torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
         scale = xx.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)[:, None, None]
-        for strength in (*_STRENGTHS, math.inf):
-            new = old if strength == math.inf else old + torch.linalg.solve(xx + strength * scale * eye, missing)
+        last = math.inf
+        for strength in _STRENGTHS:  # the infinite one changes the bias alone
+            new = old if strength == math.inf else old + _solved(xx + strength * scale * eye, missing)
             new_bias = mean_y - (mean_x.unsqueeze(1) @ new).squeeze(1) if self.centred else old_bias
             error = self._error(new, new_bias)
             if error < best:
                 best, chosen = error, Solved(new.mT.flatten(0, 1), new_bias.flatten())
+            if not error < last:
+                break  # a ridge that is weaker still would only be worse
+            last = error
         return chosen
 
     def _error(self, weight: torch.Tensor, bias: torch.Tensor) -> float:
@@ -163,6 +170,11 @@ class Fit:
         product = (weight * (xx @ weight)).sum(1) - 2 * (weight * xy).sum(1) + yy
         shift = (mean_x.unsqueeze(1) @ weight).squeeze(1) - mean_y
         return float((product + 2 * bias * shift + bias.square()).sum())
+
+
+def _solved(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The solution for a positive definite matrix."""
+    return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
 
 
 def _outer(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

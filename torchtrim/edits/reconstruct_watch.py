@@ -15,7 +15,7 @@ from torchtrim.edits.norms import affine, behind, is_norm
 from torchtrim.edits.reconstruct_fit import Patches
 from torchtrim.graph.inputs import Inputs
 
-_LARGEST = 8192  # inputs of one output; the sums grow with their square
+_LARGEST = 6144  # inputs of one output; the sums grow with their square
 _ADDS = ("add", "add_", "__add__", "__radd__", "__iadd__")
 
 
