@@ -31,7 +31,7 @@ def macs(flow: Flow, gone: Mask) -> int:
     """
     if flow not in _RUNS:
         steps = [step for step in flow.runs[0].steps if step.cost is not None]
-        _RUNS[flow] = (steps, _Sizes.of(side for step in steps for side in (step.given, step.outputs)))
+        _RUNS[flow] = (steps, Sizes.of(side for step in steps for side in (step.given, step.outputs)))
     steps, sizes = _RUNS[flow]
     shapes = iter(sizes.after(gone))
     total = 0
@@ -70,7 +70,7 @@ def _counts(flow: Flow, held: Sequence[torch.Tensor], gone: Mask) -> list[int]:
     labels = [flow.tensors.get(id(each), Label()) for each in held]
     known = _HELD.setdefault(flow, {})
     if len(held) not in known:
-        known[len(held)] = _Sizes.of([tuple(zip(map(shape_of, held), labels, strict=True))])
+        known[len(held)] = Sizes.of([tuple(zip(map(shape_of, held), labels, strict=True))])
     (shapes,) = known[len(held)].after(gone)
     return [math.prod(shape) for shape in shapes]
 
@@ -83,7 +83,7 @@ def _at_one(step: Step, batch: int, given: Sequence[Shape], outputs: Sequence[Sh
 
 
 @dataclass(frozen=True, eq=False)
-class _Sizes:
+class Sizes:
     """The shapes of many values, as functions of the channels that are gone.
 
     A dimension along which a layer varies keeps as many indices as there are channels left in a line of the layer; of
@@ -103,7 +103,8 @@ class _Sizes:
     counts: _Numbers
 
     @staticmethod
-    def of(sides: Iterable[Values]) -> _Sizes:
+    def of(sides: Iterable[Values]) -> Sizes:
+        """The shapes of each list of values."""
         lines: list[Layer] = []
         first: list[int] = []  # for each count, its first line
         known: dict[bytes, int] = {}
@@ -121,7 +122,7 @@ class _Sizes:
             values.append(([shape for shape, _ in side], shrinks))
         starts = np.cumsum([0, *(line.size for line in lines)])[:-1] if lines else np.zeros(0, np.int64)
         joined = np.concatenate(lines) if lines else np.zeros(0, np.int64)
-        return _Sizes(values, joined, starts.astype(np.int64), np.array(first, np.int64))
+        return Sizes(values, joined, starts.astype(np.int64), np.array(first, np.int64))
 
     def after(self, gone: Mask) -> list[list[Shape]]:
         """The shapes of each list of values."""
@@ -146,5 +147,5 @@ def _lines(label: Label) -> Iterable[tuple[int, Layer]]:
             yield axis, table if len(table) == 1 else np.unique(table, axis=0)
 
 
-_RUNS: WeakKeyDictionary[Flow, tuple[list[Step], _Sizes]] = WeakKeyDictionary()
-_HELD: WeakKeyDictionary[Flow, dict[int, _Sizes]] = WeakKeyDictionary()  # by how many tensors are asked for
+_RUNS: WeakKeyDictionary[Flow, tuple[list[Step], Sizes]] = WeakKeyDictionary()
+_HELD: WeakKeyDictionary[Flow, dict[int, Sizes]] = WeakKeyDictionary()  # by how many tensors are asked for

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtrim.channels.demands import Watching
 from torchtrim.channels.labels import Channels, Label
 from torchtrim.channels.rulebook import rule_for
 from torchtrim.channels.rules import OpCall, shape_of, tensors_in
 from torchtrim.channels.run import Flow, ModuleCall, Run, Step, cost_of, shape_after
+from torchtrim.channels.widths import Attribute, Demands, mark
 from torchtrim.errors import EditError, TorchTrimError
 from torchtrim.graph.copying import has_function_hooks, kept_random_state, paused_collection, structural_copy
 from torchtrim.graph.execution import no_fused_attention
@@ -53,9 +55,15 @@ def follow(model: nn.Module, inputs: Inputs, *, dead: frozenset[str] = frozenset
     """
     channels = Channels()
     tensors = {id(tensor): label for tensor, label in _labelled(model, channels)}
+    flow = Flow(channels, tensors, [])
     with paused_collection():
-        runs = [_run(model, inputs, training, channels, tensors, dead) for training in (False, True)]
-    return Flow(channels, tensors, runs)
+        for training in (False, True):
+            run, follower = _run(model, inputs, training, channels, tensors, dead)
+            flow.runs.append(run)
+            flow.demands += follower.demands.demands
+            flow.ties += follower.demands.ties.values()
+            flow.numbers |= follower.numbers
+    return flow
 
 
 def rerun(model: nn.Module, inputs: Inputs, training: bool) -> Run:
@@ -64,7 +72,7 @@ def rerun(model: nn.Module, inputs: Inputs, training: bool) -> Run:
     Raises:
         EditError: It does not run.
     """
-    return _run(model, inputs, training, None, {}, frozenset())
+    return _run(model, inputs, training, None, {}, frozenset())[0]
 
 
 def _labelled(model: nn.Module, channels: Channels) -> Iterator[tuple[torch.Tensor, Label]]:
@@ -102,6 +110,13 @@ class _Follower(TorchDispatchMode):
         self.known: dict[int, tuple[torch.Tensor, Label]] = {}
         self.stack: list[tuple[str, nn.Module]] = []
         self.returned: set[int] = set()
+        self.demands = Demands()
+        self.numbers: dict[Attribute, int] = {}
+
+    def where(self, name: str) -> str:
+        """A call that is made now, in words."""
+        path = self.stack[-1][0] if self.stack else ""
+        return f"`{name}` in {path!r}" if path else f"`{name}` in the model's forward"
 
     def label(self, tensor: torch.Tensor) -> Label:
         """The label of a tensor: a constant has channels of its own."""
@@ -132,7 +147,7 @@ class _Follower(TorchDispatchMode):
             return out
         path, module = self.stack[-1] if self.stack else ("", None)
         name = func._schema.name.partition("::")[2]
-        where = f"`{name}` in {path!r}" if path else f"`{name}` in the model's forward"
+        where = self.where(name)
         self.run.random |= torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs)
         read = tuple((shape_of(each), self.label(each)) for each in tensors_in((args, kwargs)))
         if self.channels is not None:
@@ -237,7 +252,7 @@ def _run(
     channels: Channels | None,
     tensors: dict[int, Label],
     dead: frozenset[str],
-) -> Run:
+) -> tuple[Run, _Follower]:
     failed: Exception | None = None
     stopped, where = Run(training), ""
     batches = dict.fromkeys((max(inputs.batch, 2), inputs.batch))
@@ -245,7 +260,7 @@ def _run(
         for batch in batches:
             follower = _Follower(Run(training, batch), channels, dead)
             try:
-                return _run_once(model, inputs.with_batch(batch), follower, tensors, hooks)
+                return _run_once(model, inputs.with_batch(batch), follower, tensors, hooks), follower
             except TorchTrimError:
                 raise
             except Exception as error:  # noqa: BLE001 -- whatever a forward raises: another way may do
@@ -276,6 +291,9 @@ def _run_once(model: nn.Module, inputs: Inputs, follower: _Follower, tensors: di
             follower.give(tensor, Label())
         _watch(twin, follower)
         stack.enter_context(follower)
+        if follower.channels is not None:
+            follower.numbers = mark(twin)
+            stack.enter_context(Watching(follower, follower.demands))
         outputs = given.call(twin)
     if follower.channels is not None:
         for label in map(follower.label, tensors_in(outputs)):
@@ -310,6 +328,10 @@ def _watch(twin: nn.Module, follower: _Follower) -> None:
 
     def leave(path: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, output: Any) -> None:
+            with torch._C.DisableTorchFunction():
+                record(module, args, output)
+
+        def record(module: nn.Module, args: Any, output: Any) -> None:
             while follower.stack.pop()[1] is not module:
                 continue
             found = tensors_in(output)

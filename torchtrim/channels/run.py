@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from torchtrim.channels.labels import Channels, Label, Mask, kept_indices
 from torchtrim.channels.rules import Shape
+from torchtrim.channels.widths import Attribute, Demand, Tie
 from torchtrim.graph.macs import macs_of
 
 Values: TypeAlias = "tuple[tuple[Shape, Label], ...]"
@@ -105,11 +106,17 @@ class Flow:
         channels: All channels, and what ties them.
         tensors: The label of every parameter and buffer, by the identity of the tensor.
         runs: A forward in eval mode, and one in train mode.
+        demands: The numbers that are given where sizes are meant, in both.
+        ties: Channels of which the same fraction must be kept.
+        numbers: The whole numbers that modules hold.
     """
 
     channels: Channels
     tensors: dict[int, Label]
     runs: list[Run]
+    demands: list[Demand] = field(default_factory=list)
+    ties: list[Tie] = field(default_factory=list)
+    numbers: dict[Attribute, int] = field(default_factory=dict)
 
 
 def shape_after(shape: Shape, label: Label, gone: Mask) -> Shape | None:

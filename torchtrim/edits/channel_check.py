@@ -75,8 +75,7 @@ def _stopped(before: Run, after: Run | None, gone: Mask) -> tuple[Layer, ...]:
         for (shape, label), (now, _) in zip(step.outputs, other.outputs, strict=False):
             if step.name == other.name and not label.aside and shape_after(shape, label, gone) != now:
                 return label.layers
-    step = steps[number] if number < len(steps) else None
-    values = () if step is None else (*step.given, *step.outputs)
+    values = [value for each in steps[number : number + 1] for value in (*each.given, *each.outputs)]
     return tuple(layer for _, label in values for layer in label.layers if bool(gone[layer].any()))
 
 

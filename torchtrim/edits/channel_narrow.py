@@ -61,8 +61,8 @@ def narrow(work: Work, changes: list[Narrowing]) -> None:
     """Put narrower tensors in place of those that lose something, wherever they are referred to."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in work.model.modules():
-        for name, held in (*module._parameters.items(), *module._buffers.items()):
-            places.setdefault(id(held), []).append((module, name))
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            places.setdefault(id(tensor), []).append((module, name))
     for change in changes:
         old = getattr(change.owner, change.name)
         new = change.taken(old.detach())
@@ -72,8 +72,8 @@ def narrow(work: Work, changes: list[Narrowing]) -> None:
             if old.grad is not None:
                 new.grad = change.taken(old.grad.detach())
         for module, name in places[id(old)]:
-            held_by = module._parameters if isinstance(old, nn.Parameter) else module._buffers
-            held_by[name] = new
+            held: dict[str, Any] = module.__dict__["_parameters" if isinstance(old, nn.Parameter) else "_buffers"]
+            held[name] = new
     for module in work.model.modules():
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
