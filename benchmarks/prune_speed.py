@@ -3,10 +3,11 @@
     python benchmarks/prune_speed.py            # seven networks, both engines, minutes (torch-pruning's limits)
     python benchmarks/prune_speed.py --quick    # two small ones
 
-Each in a process of its own, CPU seconds of one thread, pictures of 224 pixels. *Graph* is what goes together: the forward followed in
-both modes and the groups (torch-pruning: the pruner made). *Step* is the whole of `prune_channels` without the graph,
-a copy of the model included and its checks left out (torch-pruning: `step()`, in place, without checks). With `checks`
-is all of `prune_channels` as it comes. Best of three, after one that imports; memory is the peak above the model.
+Each in a process of its own, CPU seconds of one thread, pictures of 224 pixels. *Graph* is what goes together: the
+forward followed in both modes and the groups (torch-pruning: the pruner made). *Step* is all of `prune_channels`
+without the graph, a copy of the model included and its checks left out (torch-pruning: `step()`, in place, without
+checks). *With checks* is all of `prune_channels` as it comes. Best of three, after one that imports; memory is the peak
+above the model.
 """
 
 from __future__ import annotations

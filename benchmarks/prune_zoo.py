@@ -148,8 +148,8 @@ def details(engine: str, results: dict[str, Any]) -> Table:
     """One row a model: sizes, MACs, what was left alone, what it cost, and what failed."""
     rows = []
     notes = [
-        "- s and MB of the pruning alone (with torchtrim's own checks): CPU seconds of one thread; MB is the peak of the"
-        " process above what it held before, when the model was there and had run forward and backward",
+        "- s and MB of the pruning alone (with torchtrim's own checks): CPU seconds of one thread; MB is the peak of"
+        " the process above what it held before, when the model was there and had run forward and backward",
         "- equal: to the original whose removed channels are zero, in double precision; `without norms` where a norm or"
         " a mean goes over channels, and both are run with norms that only scale",
     ]
