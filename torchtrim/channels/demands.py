@@ -9,14 +9,13 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from torchtrim.channels.labels import Channels, EqualParts, Label, varying
+from torchtrim.channels.labels import EqualParts, Label, varying
 from torchtrim.channels.widths import Demands, Width, along_axis, narrowed_to, sizes_of, source_of
 
 
 class Following(Protocol):
     """What knows the labels."""
 
-    channels: Channels | None
     known: dict[int, tuple[torch.Tensor, Label]]
 
     def label(self, tensor: torch.Tensor) -> Label:
@@ -82,12 +81,12 @@ class Watching(TorchFunctionMode):
     def equal(self, tensor: torch.Tensor, axis: int, parts: int, name: str) -> None:
         """Note that a tensor is taken apart in parts of the same size."""
         size = along_axis(tensor, self.following.label(tensor), axis)
-        if self.following.channels is None or parts < 2 or size.shape[size.axis] % parts:
+        if parts < 2 or size.shape[size.axis] % parts:
             return
         for layer in size.layers:
             if varying(layer) == {size.axis}:
                 table = layer.reshape(parts, -1)
-                self.following.channels.parts.append(EqualParts(table, False, self.following.where(name)))
+                self.demands.equal_parts.append(EqualParts(table, False, self.following.where(name)))
 
 
 def _flat(values: Sequence[Any]) -> Sequence[Any]:

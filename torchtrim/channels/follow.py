@@ -62,6 +62,7 @@ def follow(model: nn.Module, inputs: Inputs, *, dead: frozenset[str] = frozenset
             flow.runs.append(run)
             flow.demands += follower.demands.demands
             flow.ties += follower.demands.ties.values()
+            flow.equal_parts += follower.demands.equal_parts
             flow.numbers |= follower.numbers
     return flow
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils import _pytree as pytree
 
-from torchtrim.channels.labels import Channels, Label, Mask, kept_indices
+from torchtrim.channels.labels import Channels, EqualParts, Label, Mask, kept_indices
 from torchtrim.channels.rules import Shape
 from torchtrim.channels.widths import Attribute, Demand, Tie
 from torchtrim.graph.macs import macs_of
@@ -108,6 +108,7 @@ class Flow:
         runs: A forward in eval mode, and one in train mode.
         demands: The numbers that are given where sizes are meant, in both.
         ties: Channels of which the same fraction must be kept.
+        equal_parts: Channels in parts that a forward takes for equally large (`chunk`).
         numbers: The whole numbers that modules hold.
     """
 
@@ -116,6 +117,7 @@ class Flow:
     runs: list[Run]
     demands: list[Demand] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
+    equal_parts: list[EqualParts] = field(default_factory=list)
     numbers: dict[Attribute, int] = field(default_factory=dict)
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from torchtrim.channels.labels import Label, Layer, varying
+from torchtrim.channels.labels import EqualParts, Label, Layer, varying
 from torchtrim.channels.rules import Shape
 
 
@@ -161,10 +161,12 @@ class Demands:
     Attributes:
         demands: Numbers given where sizes are meant.
         ties: Channels of which the same fraction must be kept.
+        equal_parts: Channels in parts that a forward takes for equally large (`chunk`).
     """
 
     demands: list[Demand] = field(default_factory=list)
     ties: dict[tuple[bytes, bytes], Tie] = field(default_factory=dict)
+    equal_parts: list[EqualParts] = field(default_factory=list)
 
     def want(self, given: Any, size: Size, where: str) -> None:
         """Note a number that is given where a size is meant."""
