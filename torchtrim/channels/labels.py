@@ -132,12 +132,18 @@ class Channels:
             self.implies(right, left, why)
 
     def within(self, fine: Layer, coarse: Layer, why: str) -> None:
-        """Say that each channel of one array goes where all those of a finer one go that stand at its places."""
-        pairs = np.unique(np.stack([each.ravel() for each in np.broadcast_arrays(coarse, fine)]), axis=1)
-        starts = np.flatnonzero(np.diff(pairs[0], prepend=-1))
-        for row in np.split(pairs, starts[1:], axis=1):
-            self.implies(row[1], row[0, :1], why)
-            self.implies(row[0, :1], row[1], why)
+        """Say that each channel of one array goes where all those of a finer one go that stand at its places.
+
+        Where the first is the finer one after all (each of its channels stands at one of the other's), the other way.
+        """
+        left, right = np.broadcast_arrays(coarse, fine)
+        one, other = np.divmod(np.unique(left.ravel() * self.count + right.ravel()), self.count)
+        if np.unique(one).size == one.size and np.unique(other).size < other.size:
+            one, other = other[np.argsort(other, kind="stable")], one[np.argsort(other, kind="stable")]
+        starts = np.flatnonzero(np.diff(one, prepend=-1))
+        for each, row in zip(one[starts], np.split(other, starts[1:]), strict=True):
+            self.implies(row, each.reshape(1), why)
+            self.implies(each.reshape(1), row, why)
 
     def lines(self, layer: Layer, axes: Collection[int], why: str) -> Layer:
         """Channels that stand for the lines of a layer across some dimensions: one goes where all in its line do."""
