@@ -344,6 +344,27 @@ def test_a_group_of_zeros_has_scores_of_zero() -> None:
         assert (by_group(net, name)["conv2"] == 0).all()
 
 
+class Auxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.aux = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = functional.relu(self.stem(x))
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+
+@pytest.mark.parametrize("importance", ["taylor", "hessian", "apoz", "activation"])
+def test_what_the_data_does_not_reach_has_no_score(importance: str) -> None:
+    net, x = Auxiliary().eval(), torch.randn(6, 4)
+    units = found(net, x)
+    result = scores(net, units, importance, data=[(x, torch.tensor([0, 1] * 3))], inputs=x)
+    reached = {group.name: np.isfinite(result[group.units]).all() for group in units.groups}
+    assert reached == {"stem": True, "aux.0": False}
+    assert silent(importance)
+
+
 def test_types_of_half_precision_are_ranked_too() -> None:
     net = Plain().eval()
     units = found(net)

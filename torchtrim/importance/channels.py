@@ -135,7 +135,9 @@ def silent(importance: Importance) -> str:
     if importance == "bn_scale":
         return "it has no batch norm to rank its channels by"
     if importance in ("apoz", "activation"):
-        return "no activation of it was seen in the data"
+        return "no layer that reads it was seen in the data"
+    if importance in ("taylor", "hessian"):
+        return "the loss does not depend on it"
     return f"{_name_of(importance)!r} says nothing of it"
 
 
@@ -172,7 +174,8 @@ def _by_group(
         slopes = gradients(model, _needed(data, importance), loss, inputs, kind)
     biases = bool(getattr(criterion, "bias", False))
     for group in groups_of(model, dependencies, slopes, buffers=False, biases=biases):
-        items = stand_ins(group, shifted=importance == "fpgm")
+        reached = slopes is None or any(each.gradient is not None for each in group.tensors)
+        items = stand_ins(group, shifted=importance == "fpgm") if reached else []
         yield group, criterion(items) if items else None
 
 

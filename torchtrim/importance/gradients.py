@@ -26,7 +26,7 @@ _MODEL = ("model", "net", "network", "module")
 def gradients(
     model: nn.Module, data: Iterable[Any], loss: Loss | None, inputs: Inputs, kind: str
 ) -> dict[int, torch.Tensor]:
-    """The mean gradient of a loss over some data by each parameter that it depends on; zeros for the others.
+    """The mean gradient of a loss over some data by each parameter that it depends on.
 
     The model runs as a copy that shares its weights, in the mode that it is in: no `.grad`, buffer or flag of the
     user's changes, and frozen parameters get a gradient too. Time: a forward and a backward for each batch;
@@ -56,7 +56,7 @@ def gradients(
     """
     twin, origin = _trainable_twin(model)
     parameters = [held for held in twin.parameters() if id(held) in origin]
-    sums = [torch.zeros_like(held, dtype=torch.float32) for held in parameters]
+    sums: dict[int, torch.Tensor] = {}
     count = 0
     with kept_random_state(), torch.inference_mode(mode=False), torch.enable_grad():
         for number, batch in enumerate(watched(data, "gradients")):
@@ -66,13 +66,15 @@ def gradients(
                 found = torch.autograd.grad(value, parameters, retain_graph=kind == "squared", allow_unused=True)
                 if all(each is None for each in found):
                     raise _independent(number)
-                for total, each in zip(sums, found, strict=True):
+                for held, each in zip(parameters, found, strict=True):
                     if each is not None:
-                        total += _of_kind(each.to_dense() if each.is_sparse else each, kind)
+                        term = _of_kind(each.to_dense() if each.is_sparse else each, kind)
+                        key = origin[id(held)]
+                        sums[key] = sums[key] + term if key in sums else term
                 count += 1
     if not count:
         raise InputError("the data gave no batches", path="data", hint="a list or a DataLoader; an iterator is used up")
-    return {origin[id(held)]: total / count for held, total in zip(parameters, sums, strict=True)}
+    return {key: total / count for key, total in sums.items()}
 
 
 def _of_kind(gradient: torch.Tensor, kind: str) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def groups_of(
     Args:
         model: The model that the dependencies were made of.
         dependencies: Its groups.
-        gradients: The gradient of each parameter, by its identity.
+        gradients: The gradient of each parameter, by its identity; others of the same group have zeros.
         buffers: Whether buffers are among them.
         biases: Whether biases are.
     """
@@ -97,6 +97,11 @@ def groups_of(
             if found is not None:
                 tensors.append(found)
         position[group.units] = -1
+        if any(each.gradient is not None for each in tensors):
+            tensors = [
+                each if each.gradient is not None else replace(each, gradient=torch.zeros_like(each.values))
+                for each in tensors
+            ]
         first = [each for each in tensors if each.role == "writes" and each.path.rpartition(".")[0] == group.name][:1]
         yield ChannelGroup(group.name, len(group.units), (*first, *(each for each in tensors if each not in first)))
 
