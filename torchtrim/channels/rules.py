@@ -153,10 +153,12 @@ def without(call: OpCall, layers: Sequence[Layer], axes: Iterable[int], *, mixes
         exact = any(varying(each) == rest for each in kept)
         if rest and not (exact and not mixes):
             lines = call.channels.lines(layer, rest, why)
-            finer = [each for each in kept if varying(each) >= rest]
-            for each in finer:
+            same = [each for each in kept if varying(each) >= rest]
+            for each in same:
                 call.channels.within(each, lines, why)
-            kept += [] if finer else [lines]
+            if not any(varying(each) > rest or np.unique(each).size >= np.unique(lines).size for each in same):
+                # Of layers that vary along the same dimensions the finer one stays: it tells of the other.
+                kept = [each for each in kept if varying(each) != rest] + [lines]
     return kept
 
 
