@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -240,7 +241,7 @@ def chosen(found: Dependencies, ratio: float, scores: Any = None, **settings: An
 class Chain(nn.Sequential):
     def __init__(self, *widths: int) -> None:
         sizes = [3, *widths, 2]
-        super().__init__(*(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)))
+        super().__init__(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
 
 
 def test_uniform_rounds_to_the_nearest() -> None:

@@ -51,7 +51,7 @@ def outputs(net: nn.Module, x: Any, training: bool) -> list[torch.Tensor]:
             module.p = 0.0
     with torch.no_grad():
         found = twin(x)
-    return [each for each in torch.utils._pytree.tree_leaves(tuple(found) if isinstance(found, tuple) else found)]
+    return list(torch.utils._pytree.tree_leaves(tuple(found) if isinstance(found, tuple) else found))
 
 
 def pruned_of(net: nn.Module) -> PruneChannels:

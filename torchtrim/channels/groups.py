@@ -9,11 +9,10 @@ from fnmatch import fnmatchcase
 import numpy as np
 from torch import nn
 
-from torchtrim.channels.labels import FIXED, Layer, Mask
+from torchtrim.channels.labels import FIXED, Label, Layer, Mask
+from torchtrim.channels.roles import roles
 from torchtrim.channels.run import Flow
 from torchtrim.channels.units import Implied, IntArray, Units, all_layers, units_of
-
-_PRODUCTS = ("convolution", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_convolution")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,18 +107,10 @@ def dependencies(model: nn.Module, flow: Flow, *, protect: Collection[str] = ())
     """
     tensors = list(_tensors(model, flow))
     units = units_of(flow, _protected(flow, protect))
-    made = _made(flow)
-    consumed = np.zeros(flow.channels.count, dtype=bool)
-    for layer in flow.channels.consumed:
-        consumed[layer] = True
-
-    def role(layer: Layer) -> str:
-        first = layer.flat[0]
-        return "reads" if consumed[first] else "writes" if made[first] else "holds"
-
-    layers = [(path, role(layer), layer) for path, _, layer in tensors]
+    role = roles(flow)
+    layers = [(path, role(label, layer), layer) for path, _, label, layer in tensors]
     unit_of = _numbered(units, layers)
-    owners = {path: owner for path, owner, _ in tensors}
+    owners = {path: owner for path, owner, _, _ in tensors}
     while True:
         members = [Member(path, role, unit_of[layer]) for path, role, layer in layers]
         groups, group_of = _groups([each for each in members if (each.units >= 0).any()], owners, unit_of, flow)
@@ -131,16 +122,17 @@ def dependencies(model: nn.Module, flow: Flow, *, protect: Collection[str] = ())
     return Dependencies(flow, groups, unit_of, left_alone, tuple(_one_of(flow, unit_of, group_of)), units.implied)
 
 
-def _tensors(model: nn.Module, flow: Flow) -> Iterator[tuple[str, nn.Module, Layer]]:
-    """Every layer of every parameter and buffer: its path and the module that holds it."""
+def _tensors(model: nn.Module, flow: Flow) -> Iterator[tuple[str, nn.Module, Label, Layer]]:
+    """Every layer of every parameter and buffer: its path, the module that holds it and its label."""
     seen: set[int] = set()
     for path, owner in model.named_modules():
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is None or id(tensor) in seen or id(tensor) not in flow.tensors:
                 continue
             seen.add(id(tensor))
-            for layer in flow.tensors[id(tensor)].layers:
-                yield f"{path}.{name}" if path else name, owner, layer
+            label = flow.tensors[id(tensor)]
+            for layer in label.layers:
+                yield f"{path}.{name}" if path else name, owner, label, layer
 
 
 def _protected(flow: Flow, protect: Collection[str]) -> Iterator[tuple[Layer, str]]:
@@ -150,21 +142,6 @@ def _protected(flow: Flow, protect: Collection[str]) -> Iterator[tuple[Layer, st
                 for call in calls:
                     for _, label in call.outputs:
                         yield from ((layer, "it is protected") for layer in label.layers)
-
-
-def _made(flow: Flow) -> Mask:
-    """Whether each channel is one of a weight that is multiplied with: of its rows, where it is not summed over."""
-    made = np.zeros(flow.channels.count, dtype=bool)
-    for run in flow.runs:
-        for step in run.steps:
-            if step.name.removesuffix("_") in _PRODUCTS:
-                for number, (_, label) in enumerate(step.given):
-                    bias = (number == 0 and step.name.startswith(("add", "badd"))) or (
-                        number == 2 and not step.name.startswith(("add", "badd"))
-                    )
-                    for layer in label.layers if label.static and not bias else ():
-                        made[layer] = True
-    return made
 
 
 def _numbered(units: Units, layers: list[tuple[str, str, Layer]]) -> IntArray:
@@ -241,7 +218,7 @@ class _Order(dict[str, int]):
 def _families(flow: Flow, unit_of: IntArray, group_of: IntArray) -> list[int]:
     """The family of each group: those that ties name together."""
     family = np.arange(int(group_of.max(initial=-1)) + 1)
-    for tie in getattr(flow, "ties", ()):
+    for tie in flow.ties:
         units = np.concatenate([unit_of[tie.one].ravel(), unit_of[tie.other].ravel()])
         tied = np.unique(family[group_of[units[units >= 0]]])
         if tied.size:

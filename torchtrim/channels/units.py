@@ -50,7 +50,7 @@ def units_of(flow: Flow, protect: Iterable[tuple[Layer, str]] = ()) -> Units:
     merge = _Merge.of(flow, protect)
     implied = Implied.of(flow)
     tables = _tables(flow)
-    parts = _by_call(flow.channels.parts)
+    parts = _by_call([*flow.channels.parts, *flow.equal_parts])
     while True:
         before = merge.root.copy()
         for layer, axis in _heads(flow):
@@ -63,7 +63,7 @@ def units_of(flow: Flow, protect: Iterable[tuple[Layer, str]] = ()) -> Units:
         implied.join(merge)
         for layer, where in tables:
             merge.rows(layer, where)
-        for tie in getattr(flow, "ties", ()):
+        for tie in flow.ties:
             if (merge.root[tie.one] == FIXED).any() or (merge.root[tie.other] == FIXED).any():
                 for layer in (tie.one, tie.other):
                     merge.pin(layer, f"as many have to stay as of what cannot be narrowed, at {tie.where}")

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchtrim.channels.groups import Dependencies, Group
+from torchtrim.channels.groups import Dependencies
 from torchtrim.channels.labels import Mask
 from torchtrim.channels.select import FloatArray, select
 from torchtrim.edits.prune_budget import Within, units_within
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError, InputError, SelectionError, nearest
 from torchtrim.importance.channels import Importance, scores, silent
+from torchtrim.importance.thresholds import makers, ratios_below
 
 if TYPE_CHECKING:
     from torchtrim.edits.prune import PruneChannels
@@ -98,14 +99,12 @@ class Choice:
     def _ratios(self) -> FloatArray:
         groups = self.found.groups
         if self.asked.thresholds is not None:
-            from torchtrim.importance.thresholds import ratios_below
-
             shares = ratios_below(self.found, self.scores, self.asked.thresholds)
             return np.array([shares.get(group.name, 0.0) for group in groups])
         asked: Any = self.asked.ratio
         if not isinstance(asked, Mapping):
             return np.full(len(groups), float(asked))
-        written = [_written(group) for group in groups]
+        written = [makers(self.found, group) for group in groups]
         for pattern in asked:
             if not any(_fits(pattern, paths) for paths in written):
                 self._refuse(pattern, [path for paths in written for path in paths])
@@ -120,11 +119,6 @@ class Choice:
             path=pattern,
             hint=nearest(pattern, paths) or "a path that tt.plan lists",
         )
-
-
-def _written(group: Group) -> list[str]:
-    """The paths of the layers that write a group."""
-    return [group.name, *(each.path.rpartition(".")[0] for each in group.members if each.role == "writes")]
 
 
 def _fits(pattern: str, paths: list[str]) -> bool:

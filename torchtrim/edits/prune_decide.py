@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +10,8 @@ import numpy as np
 from torchtrim.channels.follow import Flow
 from torchtrim.channels.groups import Dependencies, Group
 from torchtrim.channels.labels import Layer, Mask
+from torchtrim.channels.settle import settle
+from torchtrim.channels.units import IntArray
 from torchtrim.edits.channel_check import check_shapes
 from torchtrim.edits.channel_narrow import Narrowing, narrow, narrowings, tell_the_truth
 from torchtrim.edits.work import Work
@@ -49,20 +51,36 @@ def decide(work: Work, found: Dependencies, choose: Callable[[Collection[int]], 
     while True:
         units = choose(left)
         gone = found.gone(units)
+        chosen = np.unique(group_of[:-1][units]).tolist()
+        broken = {
+            number: f"{each.reason}, at {each.where}"
+            for each in settle(found.flow, gone).broken
+            for number in _groups_in(each.layers, found, group_of) & set(chosen)
+        }
+        if broken:
+            _leave(broken, found, left)
+            continue
         error = failure(work, found.flow, gone)
         if error is None:
             return Decision(units, gone, left)
-        chosen = np.unique(group_of[:-1][units]).tolist()
         if not chosen:
             raise error
-        layers: Iterable[Layer] = getattr(error, "layers", ())
-        named = {int(each) for layer in layers for each in np.unique(group_of[found.unit_of[layer]])} & set(chosen)
+        named = _groups_in(getattr(error, "layers", ()), found, group_of) & set(chosen)
         if not named:
             named, error = _at_fault(work, found, units, chosen, error)
-        families = {found.groups[number].family for number in named}
-        for number, group in enumerate(found.groups):
-            if group.family in families:
-                left.setdefault(number, error.message)
+        _leave(dict.fromkeys(named, error.message), found, left)
+
+
+def _groups_in(layers: Iterable[Layer], found: Dependencies, group_of: IntArray) -> set[int]:
+    return {int(each) for layer in layers for each in np.unique(group_of[found.unit_of[layer]])}
+
+
+def _leave(reasons: Mapping[int, str], found: Dependencies, left: dict[int, str]) -> None:
+    """Leave groups alone, with all of their families."""
+    families = {found.groups[number].family: reason for number, reason in reasons.items()}
+    for number, group in enumerate(found.groups):
+        if group.family in families:
+            left.setdefault(number, families[group.family])
 
 
 def failure(work: Work, flow: Flow, gone: Mask) -> EditError | None:
