@@ -233,6 +233,26 @@ def test_mean_activation_is_torch_prunings() -> None:
         np.testing.assert_allclose(mine[group.units], theirs.numpy(), rtol=1e-4)
 
 
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(self.one(x).relu(), self.other.weight, self.other.bias)
+
+
+def test_activations_are_seen_where_a_function_reads_them() -> None:
+    net, x = Functional(), torch.randn(5, 3, 4)
+    units = found(net, x)
+    nonzero = scores(net, units, "apoz", data=[x], inputs=x)
+    np.testing.assert_allclose(nonzero, (net.one(x) > 0).float().mean((0, 1)).numpy(), rtol=1e-5)
+    attention = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2)).eval()
+    x = torch.randn(2, 5, 8)
+    units = found(attention, x)
+    assert units.count and np.isfinite(scores(attention, units, "activation", data=[x], inputs=x)).all()
+
+
 def test_random_has_a_seed_and_draws_nothing_of_the_users() -> None:
     net = Plain()
     units = found(net)

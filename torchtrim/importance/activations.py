@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,13 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtrim.channels.groups import Dependencies
+from torchtrim.channels.groups import Dependencies, Group
 from torchtrim.channels.labels import Layer, varying
 from torchtrim.channels.units import IntArray
 from torchtrim.errors import InputError
 from torchtrim.graph.batches import arguments_of
 from torchtrim.graph.copying import kept_random_state
+from torchtrim.graph.execution import no_fused_attention
 from torchtrim.graph.inputs import Inputs
 from torchtrim.importance.gradients import on_device, runnable_copy, watched
 from torchtrim.importance.matrices import Places, rows_of
@@ -40,7 +43,8 @@ def observations(
     """For each group, and each layer that reads it, the mean of a statistic of every unit's values.
 
     What is looked at are the values that go into the layers that read a group, so behind the activation function. Where
-    none of these is a module that is called by itself, what the layers return that make the group.
+    none of these is a module that is called by itself, the products with their weights are (attention computed by a
+    function); or else what the layers return that make the group.
 
     The model runs as a copy that shares its weights, in the mode that it is in, without gradients: a forward for each
     batch. No activations are kept.
@@ -57,8 +61,10 @@ def observations(
     for path, module in twin.named_modules():
         if path in wanted:
             module.register_forward_hook(_watch(path, counts, wanted, statistic))
+    weights = {name: held for name, held in twin.named_parameters(remove_duplicate=False) if name in wanted}
+    products = _Products({_storage(held): wanted[name] for name, held in weights.items()}, statistic)
     empty = True
-    with kept_random_state(), torch.no_grad():
+    with kept_random_state(), torch.no_grad(), no_fused_attention(), products if weights else nullcontext():
         for number, batch in enumerate(watched(data, "activations")):
             empty = False
             counts.clear()
@@ -75,7 +81,12 @@ def observations(
                 ) from error
     if empty:
         raise InputError("the data gave no batches", path="data", hint="a list or a DataLoader; an iterator is used up")
-    return [[reading.mean() for reading in several if reading.count] for several in readings]
+    return [[reading.mean() for reading in _best(several)] for several in readings]
+
+
+def _best(readings: list[_Reading]) -> list[_Reading]:
+    seen = [reading for reading in readings if reading.count]
+    return [reading for reading in seen if not reading.returned] or seen
 
 
 @dataclass(eq=False)
@@ -83,7 +94,7 @@ class _Reading:
     """The values of one group in one call of a module, over all batches.
 
     Attributes:
-        path: The module.
+        path: The module; or the weight that the values are multiplied with.
         call: Which call of it in a forward.
         returned: Whether what it returns is looked at, or what it is given.
         number: Which tensor of those.
@@ -135,16 +146,24 @@ def _readings(dependencies: Dependencies, training: bool) -> list[list[_Reading]
     several = []
     for group in dependencies.groups:
         position[group.units] = np.arange(len(group.units))
-        found: list[_Reading] = []
-        for role, returned in (("reads", False), ("writes", True)):
+
+        def called(role: str, *, returned: bool, group: Group = group) -> Iterator[_Reading]:
             owners = dict.fromkeys(member.path.rpartition(".")[0] for member in group.members if member.role == role)
-            for path in owners if not found else ():
+            for path in owners:
                 for nth, call in enumerate(calls.get(path, ())):
                     for number, (_, label) in enumerate(call.outputs if returned else call.given):
                         for layer in label.layers:
                             places = rows_of(unit_of[layer], position)
                             if places is not None:
-                                found.append(_Reading(path, nth, returned, number, unit_of[layer], places))
+                                yield _Reading(path, nth, returned, number, unit_of[layer], places)
+
+        found = list(called("reads", returned=False))
+        if not found:
+            for member in group.members:
+                places = rows_of(member.units, position)
+                if member.role == "reads" and varying(member.units) == {1} and places is not None:
+                    found.append(_Reading(member.path, 0, False, 0, member.units, places))
+            found += called("writes", returned=True)
         position[group.units] = -1
         several.append(found)
     return several
@@ -163,3 +182,30 @@ def _watch(
                 reading.add(sides[reading.returned][reading.number], statistic)
 
     return look
+
+
+_OPERANDS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::convolution": (0, 1)}
+
+
+class _Products(TorchDispatchMode):
+    """Sees what is multiplied with a weight, whichever module or function it is that does."""
+
+    def __init__(self, wanted: dict[int, list[_Reading]], statistic: Statistic) -> None:
+        TorchDispatchMode.__init__(self)
+        self.wanted = wanted
+        self.statistic = statistic
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        places = _OPERANDS.get(func._schema.name)
+        if places is not None:
+            value, weight = (args[place] for place in places)
+            for reading in self.wanted.get(_storage(weight), ()):
+                reading.add(value, self.statistic)
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """What a weight and its views share."""
+    return tensor.untyped_storage().data_ptr()
