@@ -32,7 +32,7 @@ from torchtrim.importance.channels import scores as importance_of
 
 # Magnitude takes the same fraction of each layer, as torch-pruning does by default; the other ranks all channels.
 SCOPES = {"magnitude": "uniform", "reconstruction": "global"}
-METHODS = ("plain", "batch norm", "reconstruction")
+METHODS = ("plain", "batch norm", "reconstruction", "both")
 MACS = (0.9, 0.8, 0.7)
 
 
@@ -41,6 +41,7 @@ def main() -> int:
     made.add_argument("pictures", type=Path, help="the .npz file")
     made.add_argument("--macs", nargs="+", type=float, default=MACS, help="shares of the whole model's")
     made.add_argument("--importance", nargs="+", choices=list(SCOPES), default=list(SCOPES))
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     options = made.parse_args()
     pictures, labels = read(options.pictures)
     if options.quick:
@@ -53,9 +54,15 @@ def main() -> int:
     for name in options.importance:
         criterion = scored(model, name, calibration)
         for share in options.macs[:1] if options.quick else options.macs:
-            for method in METHODS:
+            nets: dict[str, nn.Module] = {}
+            for method in (each for each in METHODS if each in options.methods):
                 started = time.perf_counter()
-                net, notes = pruned(model, calibration, share, method, criterion, SCOPES[name])
+                if method == "both" and "reconstruction" in nets:
+                    net = nets["reconstruction"]
+                    notes = recalibrated(net, calibration, model)
+                else:
+                    net, notes = pruned(model, calibration, share, method, criterion, SCOPES[name])
+                nets[method] = net
                 seconds = time.perf_counter() - started
                 found = scores(run(net, figure), whole, seen) | sizes(net)
                 results.add(f"{name} {share:g} {method}", found | {"seconds": round(seconds, 1), "notes": notes})
@@ -81,16 +88,20 @@ def pruned(
         EXAMPLE,
         budget=tt.Budget(macs=share),
         data=calibration,
-        reconstruct=method == "reconstruction",
+        reconstruct=method in ("reconstruction", "both"),
         check=False,
         importance=criterion,
         scope=scope,
     )
     notes = list(tt.history(net).entries[-1].notes)
-    if method == "batch norm":
-        found = tt.recalibrate_batchnorm(net, calibration, original=model)
-        notes.append(f"{found.what} ({found.before:.4f} -> {found.after:.4f})")
+    if method in ("batch norm", "both"):
+        notes += recalibrated(net, calibration, model)
     return net, notes
+
+
+def recalibrated(net: nn.Module, calibration: list[torch.Tensor], model: nn.Module) -> list[str]:
+    found = tt.recalibrate_batchnorm(net, calibration, original=model)
+    return [f"batch norms {found.what} ({found.before:.4f} -> {found.after:.4f})"]
 
 
 class Results:
@@ -122,7 +133,7 @@ class Results:
             "- magnitude: the same fraction of each layer; reconstruction: all channels ranked together, by what the "
             "outputs lose for each MAC saved when the readers are solved again",
             "- batch norm: statistics moved by what the pruning changed, as far as held-back pictures agree; "
-            "reconstruction: readers solved again in closed form",
+            "reconstruction: readers solved again in closed form; both: one after the other",
         ]
         columns = ("ranked by", "MACs", *METHODS)
         table = Table("EfficientNet-Lite0, channels pruned", columns, tuple(rows), notes)
