@@ -202,6 +202,27 @@ def test_a_loss_may_take_the_model_and_the_batch() -> None:
             np.testing.assert_allclose(pairs[path], dicts[path], rtol=1e-4, atol=1e-6)
 
 
+class OwnLoss(nn.Module):
+    """As models of transformers do: with labels the output is a dict that has the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.other(self.one(x).relu())
+        return {"logits": logits} | ({} if labels is None else {"loss": functional.cross_entropy(logits, labels)})
+
+
+@pytest.mark.parametrize("importance", ["taylor", "hessian"])
+def test_a_model_may_work_out_its_own_loss(importance: str) -> None:
+    net, x, labels = OwnLoss(), torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
+    units = found(net, x)
+    own = scores(net, units, importance, data=[{"x": x, "labels": labels}], inputs={"x": x})
+    pairs = scores(net, units, importance, data=[(x, labels)], inputs=x)
+    np.testing.assert_allclose(own, pairs, rtol=1e-4)
+
+
 def test_activations_are_looked_at_where_they_are_read() -> None:
     net = Plain().eval()
     seen: dict[str, torch.Tensor] = {}

@@ -134,7 +134,7 @@ def silent(importance: Importance) -> str:
     """
     if importance == "bn_scale":
         return "it has no batch norm to rank its channels by"
-    if importance in ("apoz", "activation"):
+    if importance in ("apoz", "activation", "reconstruction"):
         return "no layer that reads it was seen in the data"
     if importance in ("taylor", "hessian"):
         return "the loss does not depend on it"

@@ -122,6 +122,7 @@ def _naming(number: int) -> Iterator[None]:
         raise InputError(
             f"the model or the loss does not take the data: {type(error).__name__}: {str(error).rstrip('.')}",
             path=f"data[{number}]",
+            hint="a loss is loss(output, target); or loss(model, batch), where its first argument is called model",
         ) from error
 
 
@@ -130,8 +131,10 @@ def _losses(
 ) -> Iterator[torch.Tensor]:
     """The loss of a batch; or of each sample in it."""
     if loss is not None and _takes_model(loss):
-        rows = _rows(batch, inputs, model) if by_sample else None
-        for part in [batch] if rows is None else [_row(batch, row, rows) for row in range(rows)]:
+        rows = next(
+            (len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()), 1
+        )
+        for part in (_row(batch, row, rows) for row in range(rows)) if by_sample else [batch]:
             with _naming(number):
                 value = loss(model, part)
             yield value
@@ -139,6 +142,13 @@ def _losses(
     given = arguments_of(batch, model, inputs)
     with _naming(number):
         output = given.fresh().call(model)
+    if by_sample and loss is None and _own_loss(output) is not None:
+
+        def own(model: nn.Module, batch: Any) -> Any:
+            return _own_loss(arguments_of(batch, model, inputs).fresh().call(model))
+
+        yield from _losses(model, batch, own, inputs, number, by_sample=True)
+        return
     target = target_of(batch, given)
     for row in range(given.batch) if by_sample else [None]:
         with _naming(number):
@@ -153,10 +163,6 @@ def _takes_model(loss: Loss) -> bool:
     except (TypeError, ValueError):
         return False
     return bool(names) and names[0] in _MODEL
-
-
-def _rows(batch: Any, inputs: Inputs, model: nn.Module) -> int:
-    return arguments_of(batch, model, inputs).batch
 
 
 def _row(value: Any, row: int, rows: int) -> Any:
@@ -188,8 +194,8 @@ def target_of(batch: Any, given: Inputs) -> Any:
 
 def _default(output: Any, target: Any, number: int) -> torch.Tensor:
     """The output's own loss, cross-entropy for classes, the mean squared error for values."""
-    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(own, torch.Tensor):
+    own = _own_loss(output)
+    if own is not None:
         return own
     if not isinstance(target, torch.Tensor):
         raise InputError(
@@ -211,6 +217,12 @@ def _default(output: Any, target: Any, number: int) -> torch.Tensor:
             )
         return nn.functional.mse_loss(found, target.to(found.dtype))
     return nn.functional.cross_entropy(found, target.long())
+
+
+def _own_loss(output: Any) -> torch.Tensor | None:
+    """The loss that a model works out by itself, where it is given labels (transformers)."""
+    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return own if isinstance(own, torch.Tensor) else None
 
 
 def _refuse_unfit(value: Any, number: int) -> None:
