@@ -24,7 +24,8 @@ from torchtrim.search.share import Try, largest_share
 
 Prune: TypeAlias = "Callable[[Budget], tuple[nn.Module, PruneChannels]]"
 
-_SECONDS = (1.0, 2.0, 4.0)  # how long a candidate and the original beside it are measured, each: while others disturb
+_SECONDS = 1.0  # how long a candidate and the original beside it are measured, each
+_UNCLEAR = 0.06  # a ratio whose interval is wider than this share of it
 
 
 def pruned_to_latency(model: nn.Module, inputs: Inputs, budget: Budget, prune: Prune) -> PruneChannels:
@@ -56,9 +57,14 @@ def pruned_to_latency(model: nn.Module, inputs: Inputs, budget: Budget, prune: P
         _say("exporting and timing the original")
         bench = _Bench.of(model, inputs, Path(folder))
 
+        first = min(1.0, budget.limits({"macs": macs, "params": 1.0}).get("macs", macs) / macs)
+
         def measure(share: float) -> Try[_Candidate]:
             _say(f"pruning to {share:.0%} of the MACs")
-            net, record = prune(replace(budget, macs=share, latency_ms=None))
+            with warnings.catch_warnings():
+                if share < first:  # a share that nobody asked for: that it is missed is for the notes alone
+                    warnings.filterwarnings("ignore", "asked for macs=", TorchTrimWarning)
+                net, record = prune(replace(budget, macs=share, latency_ms=None))
             reached = summary(net, inputs).macs / macs
             if not _takes_out(record):
                 return Try(reached, bench.timing.median_ms, _Candidate(record, bench.timing))
@@ -66,12 +72,10 @@ def pruned_to_latency(model: nn.Module, inputs: Inputs, budget: Budget, prune: P
             ms = timing.ratio * bench.timing.median_ms
             return Try(reached, ms, _Candidate(record, timing), smaller=reached <= share)
 
-        # First, what the other limits ask for.
-        asked = budget.limits({"macs": macs, "params": 1.0})
-        best = first = measure(min(1.0, asked.get("macs", macs) / macs))
-        tried = [first]
-        if first.ms > limit:
-            best, tried = largest_share(limit, first, measure)
+        best = whole = measure(first)  # what the other limits ask for
+        tried = [whole]
+        if whole.ms > limit and whole.smaller:
+            best, tried = largest_share(limit, whole, measure)
         told = _told(best, limit, bench, len(tried))
     if best.ms > limit:
         warnings.warn("; ".join(told), TorchTrimWarning, stacklevel=2)
@@ -111,14 +115,12 @@ class _Bench:
 
 
 def _measured(files: dict[str, Path], inputs: Inputs, name: str) -> Timing:
-    """The timing of a file. Where other work disturbed it, it is measured longer, and again."""
-    found = []
-    for seconds in _SECONDS:
-        timed = benchmark(files, inputs, seconds=seconds)
-        found.append(timed[name])
-        if not timed.noisy:
-            return timed[name]
-    return min(found, key=lambda timing: timing.p95_ms / timing.median_ms)
+    """The timing of a file; where other work disturbed it so that the ratio is unclear, it is measured longer."""
+    found = benchmark(files, inputs, seconds=_SECONDS)[name]
+    if found.ratio_high - found.ratio_low <= _UNCLEAR * found.ratio:
+        return found
+    again = benchmark(files, inputs, seconds=4 * _SECONDS)[name]
+    return min(found, again, key=lambda timing: timing.ratio_high - timing.ratio_low)
 
 
 def _told(best: Try[_Candidate], limit: float, bench: _Bench, count: int) -> list[str]:
