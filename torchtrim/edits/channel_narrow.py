@@ -1,4 +1,4 @@
-"""Take channels out of parameters and buffers, and bring every attribute that counts them up to date."""
+"""Take channels out of parameters and buffers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchtrim.channels.follow import Flow, ModuleCall, shape_after
+from torchtrim.channels.follow import Flow
 from torchtrim.channels.labels import Label, Layer, Mask, kept_indices, varying
-from torchtrim.edits.adapter_layers import FitChannels
+from torchtrim.edits.truth import set_attributes, tell_the_truth
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError
+
+__all__ = ["Narrowing", "narrow", "narrowings", "set_attributes", "tell_the_truth"]
 
 
 @dataclass(frozen=True)
@@ -133,124 +135,3 @@ def _index(indices: Any, tensor: torch.Tensor) -> torch.Tensor:
 
 def _gone(mask: Mask) -> tuple[int, ...]:
     return tuple(int(index) for index in np.flatnonzero(~mask.ravel()))
-
-
-def tell_the_truth(model: nn.Module, flow: Flow, gone: Mask, changed: set[nn.Module]) -> None:
-    """Bring the attributes that count channels up to date: of the layers that lost some, and of modules around them.
-
-    Args:
-        model: The narrowed model.
-        flow: Its channels, from before.
-        gone: The channels that went.
-        changed: The modules whose tensors lost something.
-    """
-    calls = {path: call for run in reversed(flow.runs) for path, found in run.calls.items() for call in found[:1]}
-    for path, module in model.named_modules():
-        call = calls.get(path)
-        if module in changed:
-            _from_weights(module)
-        if call is not None:
-            _from_call(module, call, gone)
-    order = [path for path, found in flow.runs[0].calls.items() if found]
-    _features(model, order, calls, gone)
-
-
-def _from_weights(module: nn.Module) -> None:
-    weight = getattr(module, "weight", None)
-    if isinstance(module, nn.RNNBase):
-        read, kept = (module._parameters[f"weight_{each}_l0"] for each in ("ih", "hh"))
-        if read is not None and kept is not None:
-            module.input_size, module.hidden_size = read.shape[1], kept.shape[0] // _gates(module)
-            module.proj_size = kept.shape[1] if module.proj_size else 0
-            module.proj_size = kept.shape[1] if module.proj_size else 0
-    elif isinstance(module, nn.RNNCellBase):
-        module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
-    elif not isinstance(weight, torch.Tensor):
-        return
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        if module.groups == 1:
-            wide, deep = (1, 0) if module.transposed else (0, 1)
-            module.out_channels, module.in_channels = weight.shape[wide], weight.shape[deep]
-    elif isinstance(module, nn.Bilinear):
-        module.out_features, module.in1_features, module.in2_features = weight.shape
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        module.num_features = weight.shape[0]
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = weight.shape
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = weight.shape[0]
-
-
-def _gates(module: nn.RNNBase) -> int:
-    return {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
-
-
-# What modules of many libraries call the width of what they take and of what they give.
-_TAKES = ("in_channels", "in_features", "in_chs", "in_planes", "input_dim")
-_GIVES = ("out_channels", "out_features", "out_chs", "out_planes", "output_dim", "num_features", "num_channels")
-
-
-def _from_call(module: nn.Module, call: ModuleCall, gone: Mask) -> None:
-    for side, names in ((call.given, _TAKES), (call.outputs, _GIVES)):
-        if not side:
-            continue
-        width = _width(*side[0], gone)
-        if width is None:
-            continue
-        for name in names:
-            if type(module.__dict__.get(name)) is int and module.__dict__[name] == width[0]:
-                module.__dict__[name] = width[1]
-    if not call.outputs:
-        return
-    shape, label = call.outputs[0]
-    after = shape_after(shape, label, gone)
-    if after is None or after == shape:
-        return
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        weight = module.weight
-        shape_now = after[len(after) - len(module.normalized_shape) :] if weight is None else tuple(weight.shape)
-        module.normalized_shape = shape_now
-    elif isinstance(module, nn.Unflatten) and isinstance(module.dim, int):
-        axis = module.dim % (len(shape) - len(tuple(module.unflattened_size)) + 1)
-        module.unflattened_size = tuple(after[axis : axis + len(tuple(module.unflattened_size))])
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        module.groups = _parts_left(shape, label, module.groups, gone)
-    elif isinstance(module, FitChannels):
-        module.channels = after[module.dim]
-    elif isinstance(module, nn.GroupNorm):
-        module.num_groups = _parts_left(shape, label, module.num_groups, gone)
-
-
-def _width(shape: tuple[int, ...], label: Label, gone: Mask) -> tuple[int, int] | None:
-    """How many channels a value has, and how many stay; `None` where it loses none."""
-    after = shape_after(shape, label, gone)
-    axes = [] if after is None else [axis for axis, size in enumerate(shape) if size != after[axis]]
-    if after is None or len(axes) != 1:
-        return None
-    return shape[axes[0]], after[axes[0]]
-
-
-def _parts_left(shape: tuple[int, ...], label: Label, parts: int, gone: Mask) -> int:
-    stays = np.ones(shape[1], dtype=bool)
-    for layer in label.layers:
-        if varying(layer) == {1}:
-            stays &= ~gone[layer.reshape(-1)]
-    return int(stays.reshape(parts, -1).any(axis=1).sum())
-
-
-def _features(model: nn.Module, order: list[str], calls: dict[str, ModuleCall], gone: Mask) -> None:
-    """The model's own count of the features that its last layer takes."""
-    modules = dict(model.named_modules())
-    leaves = [path for path in order if path in modules and not modules[path]._modules and modules[path]._parameters]
-    last = leaves[-1] if leaves else None
-    if last is None or not calls[last].given:
-        return
-    width = _width(*calls[last].given[0], gone)
-    for name in ("num_features", "head_hidden_size", "embed_dim"):
-        if width is not None and model.__dict__.get(name) == width[0]:
-            model.__dict__[name] = width[1]
-    classes = _width(*calls[last].outputs[0], gone) if calls[last].outputs else None
-    if classes is not None and model.__dict__.get("num_classes") == classes[0]:
-        model.__dict__["num_classes"] = classes[1]

@@ -1,0 +1,299 @@
+"""Bring every attribute that counts channels up to date, in a model that lost some."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from torchtrim.channels.cost import Sizes
+from torchtrim.channels.follow import Flow, ModuleCall, shape_after
+from torchtrim.channels.labels import Label, Mask, varying
+from torchtrim.channels.rules import Shape
+from torchtrim.channels.settle import settle
+from torchtrim.channels.widths import Attribute, attributes_of
+from torchtrim.edits.adapter_layers import FitChannels
+from torchtrim.errors import EditError
+
+Numbers = dict[str, dict[str, Any]]
+
+
+def tell_the_truth(model: nn.Module, flow: Flow, gone: Mask, changed: set[nn.Module]) -> Numbers:
+    """Bring the attributes that count channels up to date: of the layers that lost some, and of modules around them.
+
+    What a forward reads is worked out from where it is given as a size (`settle`); of the rest, layers of torch tell
+    by their weights, and others by an attribute's name and a width that they take, give or hold.
+
+    Args:
+        model: The narrowed model.
+        flow: Its channels, from before.
+        gone: The channels that went.
+        changed: The modules whose tensors lost something.
+
+    Returns:
+        What was changed, as plain data for `set_attributes`: `{module path: {attribute: value}}`.
+    """
+    before = _numbers(model)
+    calls = {path: call for run in reversed(flow.runs) for path, found in run.calls.items() for call in found[:1]}
+    modules = dict(model.named_modules())
+    for attribute, value in settle(flow, gone).attributes.items():
+        if attribute.path in modules:
+            _put(modules[attribute.path], attribute, value)
+    for path, module in modules.items():
+        call = calls.get(path)
+        if module in changed:
+            _from_weights(module)
+        if call is not None:
+            _from_call(module, call, gone)
+    _from_names(model, flow, gone, calls, before)
+    _features(model, [path for path, found in flow.runs[0].calls.items() if found], calls, gone)
+    _stages(model, calls, gone)
+    return {
+        path: changes
+        for path, now in _numbers(model).items()
+        if (changes := {name: value for name, value in now.items() if before[path].get(name) != value})
+    }
+
+
+def set_attributes(model: nn.Module, data: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set attributes of modules as `tell_the_truth` found them.
+
+    Raises:
+        EditError: The model has no such module or attribute. Nothing is changed.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = []
+    for path, values in data.items():
+        for name, value in values.items():
+            *outer, last = name.split(".")
+            owner: Any = modules.get(path)
+            for each in outer:
+                owner = getattr(owner, each, None)
+            if last not in getattr(owner, "__dict__", ()):
+                raise EditError("the record names an attribute that the model does not have", path=path, found=name)
+            found.append((owner.__dict__, last, _like(value, owner.__dict__[last])))
+    for held, last, value in found:
+        held[last] = value
+
+
+def _like(value: Any, old: Any) -> Any:
+    """A value from plain data in the form of the one it replaces."""
+    if isinstance(old, (tuple, list)) and isinstance(value, (tuple, list)) and len(old) == len(value):
+        return type(old)(_like(each, other) for each, other in zip(value, old, strict=True))
+    if isinstance(old, dict) and isinstance(value, Mapping):
+        return {key: _like(value.get(str(key), value.get(key)), each) for key, each in old.items()}
+    return value
+
+
+def _numbers(model: nn.Module) -> Numbers:
+    """Every whole number that a module holds, by itself or in lists and dicts, as plain data."""
+    found: Numbers = {}
+    for path, module in model.named_modules():
+        held = {name: _plain(value) for name, value in module.__dict__.items() if _counts(value)}
+        stages = getattr(module.__dict__.get("feature_info"), "info", None)
+        if _counts(stages):
+            held["feature_info.info"] = _plain(stages)
+        found[path] = held
+    return found
+
+
+def _counts(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, (tuple, list, dict)) and depth < _DEEPEST:
+        return any(_counts(each, depth + 1) for each in (value.values() if isinstance(value, dict) else value))
+    return type(value) is int
+
+
+_DEEPEST = 3
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (tuple, list)) else value
+
+
+def _put(module: nn.Module, attribute: Attribute, value: int) -> None:
+    """Set an attribute, or a part of one; what it lies in is made anew, for others may hold the old one."""
+
+    def within(old: Any, keys: tuple[Any, ...]) -> Any:
+        if not keys:
+            return value
+        if isinstance(old, dict):
+            return {key: within(each, keys[1:]) if key == keys[0] else each for key, each in old.items()}
+        return type(old)(within(each, keys[1:]) if key == keys[0] else each for key, each in enumerate(old))
+
+    module.__dict__[attribute.name] = within(module.__dict__[attribute.name], attribute.keys)
+
+
+_WIDTHS = re.compile(
+    r"(^|_)(kdim|vdim|chs|channels|features|planes|dim|dims|width|filters|hidden_size|head_size|inner_size|embed_size)(_|$)"
+)
+
+
+def _from_names(model: nn.Module, flow: Flow, gone: Mask, calls: Mapping[str, ModuleCall], before: Numbers) -> None:
+    """Numbers that no forward reads, by their name: they follow a width of the same size.
+
+    First one that the module takes or gives, then one that it or a module in it holds, takes or gives. Where several
+    widths of that size came out differently, the number stays.
+    """
+    seen = {attribute for demand in flow.demands for attribute in attributes_of(demand.source)}
+    for path, module in model.named_modules():
+        names = [
+            name
+            for name, value in before[path].items()
+            if type(value) is int and value > 1 and module.__dict__.get(name) == value and _WIDTHS.search(name)
+        ]
+        names = [name for name in names if Attribute(path, name) not in seen]
+        if not names or not (own := calls.get(path)):
+            continue
+        inner = [value for name, child in module.named_children() for value in _values(calls, f"{path}.{name}", child)]
+        for values in ([*own.given, *own.outputs], inner):
+            became = _became(values, gone)
+            for name in names:
+                after = became.get(module.__dict__[name], set())
+                if len(after) == 1 and module.__dict__[name] == before[path][name]:
+                    module.__dict__[name] = next(iter(after))
+
+
+def _values(calls: Mapping[str, ModuleCall], path: str, module: nn.Module) -> Iterable[tuple[Shape, Label]]:
+    call = calls.get(path.lstrip("."))
+    return () if call is None else (*call.given, *call.outputs)
+
+
+def _became(values: Iterable[tuple[Shape, Label]], gone: Mask) -> dict[int, set[int]]:
+    """What each width of some values is afterwards."""
+    told = [(shape, label) for shape, label in values if label.layers]
+    found: dict[int, set[int]] = {}
+    for (shape, label), after in zip(told, Sizes.of([tuple(told)]).after(gone)[0], strict=True):
+        for axis in frozenset().union(*map(varying, label.layers)):
+            found.setdefault(shape[axis], set()).add(after[axis])
+    return found
+
+
+def _features(model: nn.Module, order: list[str], calls: Mapping[str, ModuleCall], gone: Mask) -> None:
+    """The count of the features that the last layer takes, in the model and in what the layer lies in."""
+    modules = dict(model.named_modules())
+    leaves = [path for path in order if path in modules and not modules[path]._modules and modules[path]._parameters]
+    last = leaves[-1] if leaves else None
+    if last is None or not calls[last].given:
+        return
+    width = _width(*calls[last].given[0], gone)
+    classes = _width(*calls[last].outputs[0], gone) if calls[last].outputs else None
+    around = [path for path in modules if path == "" or last.startswith(f"{path}.")]
+    for change, names in ((width, ("num_features", "head_hidden_size", "embed_dim")), (classes, ("num_classes",))):
+        for path, name in ((path, name) for path in around for name in names):
+            if change is not None and modules[path].__dict__.get(name) == change[0]:
+                modules[path].__dict__[name] = change[1]
+
+
+def _stages(model: nn.Module, calls: Mapping[str, ModuleCall], gone: Mask) -> None:
+    """A list of stages, each with the path of a module and how many channels it gives."""
+    names = {id(module): path for path, module in reversed(list(model.named_modules(remove_duplicate=False)))}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for module in model.modules():
+        held: Any = module.__dict__.get("feature_info")
+        holder, name = (
+            (module.__dict__, "feature_info")
+            if isinstance(held, list)
+            else (vars(held), "info")
+            if (hasattr(held, "info"))
+            else ({}, "")
+        )
+        if not isinstance(holder.get(name), list):
+            continue
+        stages = []
+        for stage in holder[name]:
+            told = isinstance(stage, dict) and stage.get("module") in modules and "num_chs" in stage
+            call = calls.get(names[id(modules[stage["module"]])]) if told else None
+            after = _became(call.outputs, gone).get(stage["num_chs"], set()) if call is not None else set()
+            stages.append({**stage, "num_chs": next(iter(after))} if len(after) == 1 else stage)
+        holder[name] = stages
+
+
+def _from_weights(module: nn.Module) -> None:
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.RNNBase):
+        read, kept = (module._parameters[f"weight_{each}_l0"] for each in ("ih", "hh"))
+        if read is not None and kept is not None:
+            module.input_size, module.hidden_size = read.shape[1], kept.shape[0] // _gates(module)
+            module.proj_size = kept.shape[1] if module.proj_size else 0
+            module.proj_size = kept.shape[1] if module.proj_size else 0
+    elif isinstance(module, nn.RNNCellBase):
+        module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
+    elif not isinstance(weight, torch.Tensor):
+        return
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        if module.groups == 1:
+            wide, deep = (1, 0) if module.transposed else (0, 1)
+            module.out_channels, module.in_channels = weight.shape[wide], weight.shape[deep]
+    elif isinstance(module, nn.Bilinear):
+        module.out_features, module.in1_features, module.in2_features = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = weight.shape[0]
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = weight.shape[0]
+
+
+def _gates(module: nn.RNNBase) -> int:
+    return {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+
+
+# What modules of many libraries call the width of what they take and of what they give.
+_TAKES = ("in_channels", "in_features", "in_chs", "in_planes", "input_dim")
+_GIVES = ("out_channels", "out_features", "out_chs", "out_planes", "output_dim", "num_features", "num_channels")
+
+
+def _from_call(module: nn.Module, call: ModuleCall, gone: Mask) -> None:
+    for side, names in ((call.given, _TAKES), (call.outputs, _GIVES)):
+        if not side:
+            continue
+        width = _width(*side[0], gone)
+        if width is None:
+            continue
+        for name in names:
+            if type(module.__dict__.get(name)) is int and module.__dict__[name] == width[0]:
+                module.__dict__[name] = width[1]
+    if not call.outputs:
+        return
+    shape, label = call.outputs[0]
+    after = shape_after(shape, label, gone)
+    if after is None or after == shape:
+        return
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        weight = module.weight
+        shape_now = after[len(after) - len(module.normalized_shape) :] if weight is None else tuple(weight.shape)
+        module.normalized_shape = shape_now
+    elif isinstance(module, nn.Unflatten) and isinstance(module.dim, int):
+        axis = module.dim % (len(shape) - len(tuple(module.unflattened_size)) + 1)
+        module.unflattened_size = tuple(after[axis : axis + len(tuple(module.unflattened_size))])
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        module.groups = _parts_left(shape, label, module.groups, gone)
+    elif isinstance(module, FitChannels):
+        module.channels = after[module.dim]
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = _parts_left(shape, label, module.num_groups, gone)
+
+
+def _width(shape: tuple[int, ...], label: Label, gone: Mask) -> tuple[int, int] | None:
+    """How many channels a value has, and how many stay; `None` where it loses none."""
+    after = shape_after(shape, label, gone)
+    axes = [] if after is None else [axis for axis, size in enumerate(shape) if size != after[axis]]
+    if after is None or len(axes) != 1:
+        return None
+    return shape[axes[0]], after[axes[0]]
+
+
+def _parts_left(shape: tuple[int, ...], label: Label, parts: int, gone: Mask) -> int:
+    stays = np.ones(shape[1], dtype=bool)
+    for layer in label.layers:
+        if varying(layer) == {1}:
+            stays &= ~gone[layer.reshape(-1)]
+    return int(stays.reshape(parts, -1).any(axis=1).sum())
