@@ -195,14 +195,14 @@ def test_without_data_it_says_what_it_needs() -> None:
 
 def _scores(net: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     found = dependencies(net, follow(net, Inputs.of(x[:1])))
-    values = scores(net, found, "reconstruction", data=x.split(20), inputs=x[:1])
+    values = scores(net, found, "reconstruction", data=x.split(max(20, len(x) // 4)), inputs=x[:1])
     return {group.name: torch.as_tensor(values[group.units]) for group in found.groups}
 
 
 @torch.no_grad()
 def test_a_channel_that_another_can_stand_in_for_is_worth_little() -> None:
     """One of two twins may go, though their weights are the largest; then the other one counts in full."""
-    net, x = nn.Sequential(nn.Linear(40, 10), nn.ReLU(), nn.Linear(10, 4)).eval(), torch.randn(400, 40)
+    net, x = nn.Sequential(nn.Linear(40, 10), nn.ReLU(), nn.Linear(10, 4)).eval(), torch.randn(4000, 40)
     net[0].weight[7] = net[0].weight[2] = 2 * net[0].weight[2]
     net[0].bias[7] = net[0].bias[2]
     found = _scores(net, x)["0"]
@@ -263,3 +263,14 @@ def test_pruned_and_reconstructed_in_one_call_and_done_again_without_data(tmp_pa
     tt.save(nets[True], tmp_path / "net.trim")
     loaded = tt.load(tmp_path / "net.trim", model=Residual())
     assert torch.equal(again(other), nets[True](other)) and torch.equal(loaded(other), nets[True](other))
+
+
+@torch.no_grad()
+def test_what_functions_read_has_scores_too() -> None:
+    """Attention multiplies with weights that no module is called for; a head whose values are zero is worth nothing."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    net, x = nn.Sequential(nn.Linear(6, 16), layer, nn.Linear(16, 3)).eval(), torch.randn(60, 5, 6)
+    layer.self_attn.in_proj_weight[32 + 4 : 32 + 8] = 0
+    layer.self_attn.in_proj_bias[32 + 4 : 32 + 8] = 0
+    heads = _scores(net, x)["1.self_attn"]
+    assert len(heads) == 4 and int(heads.argmin()) == 1 and float(heads[1]) < 1e-3 * float(heads.max())

@@ -24,6 +24,7 @@ from torchtrim.edits.reconstruct_watch import Reader, Seen, readers, seen
 from torchtrim.edits.weights import Weights
 from torchtrim.edits.work import Work
 from torchtrim.graph.copying import full_copy, kept_random_state, structural_copy
+from torchtrim.graph.execution import no_fused_attention
 from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.progress import progress
 
@@ -80,7 +81,7 @@ def reconstruct(
         EditError: The two models return different shapes.
     """
     calibration = Calibration.of(data, original, inputs, what="reconstruction")
-    with kept_random_state(), torch.no_grad(), progress("reconstruction") as told:
+    with kept_random_state(), torch.no_grad(), no_fused_attention(), progress("reconstruction") as told:
         teacher = structural_copy(original, own_buffers=True, user_hooks=False).eval()
         student = structural_copy(full_copy(net), user_hooks=False).eval()
         found, left = readers(student, narrowed, next(iter(calibration.held_back())))

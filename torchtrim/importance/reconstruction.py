@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtrim.channels import cost
 from torchtrim.channels.groups import Dependencies, Group, Member
@@ -27,13 +28,15 @@ from torchtrim.channels.select import FloatArray
 from torchtrim.channels.units import IntArray
 from torchtrim.errors import InputError
 from torchtrim.graph.batches import arguments_of
-from torchtrim.graph.copying import kept_modes, kept_random_state
+from torchtrim.graph.copying import kept_random_state
+from torchtrim.graph.execution import no_fused_attention
 from torchtrim.graph.inputs import Inputs
 from torchtrim.importance.gradients import on_device, runnable_copy, watched
 
 _ROUNDS = 64  # in which the units of a group are taken out, the cheapest first
 _ROWS = 32768  # of what a layer reads in one batch: of more places some are taken
-_LEAST = 1e-2  # of the ridge, in units of the mean variance of what is read
+_LEAST = 1e-2  # how much larger variances are taken than measured, so that less is made of correlations
+_TINY = 1e-6  # the variance of what does not vary, in units of the mean one
 _LARGEST = 8192  # channels that a layer reads; what is kept of it grows with their square
 
 
@@ -54,7 +57,7 @@ def reconstruction(model: nn.Module, dependencies: Dependencies, data: Iterable[
     Raises:
         InputError: The data holds nothing, or does not fit the model.
     """
-    readings = {group.name: _readings(model, group) for group in dependencies.groups}
+    readings = {group.name: _readings(model, dependencies, group) for group in dependencies.groups}
     by_path: dict[str, _Reading] = {}
     for several in readings.values():
         by_path |= {reading.path: reading for reading in several}
@@ -72,8 +75,10 @@ class _Reading:
     """A layer that reads units: the unit of each of its input channels, and sums over what flows in and back.
 
     Attributes:
-        path: Its path.
-        module: The layer.
+        path: Its path, or that of the weight.
+        module: The layer; `None` where a function multiplies with the weight.
+        weight: Its weight.
+        groups: In how many groups the channels are read.
         units: For each channel of its input the number of its unit, or -1.
         places: How many rows were summed up.
         samples: How many inputs gave gradients.
@@ -83,7 +88,9 @@ class _Reading:
     """
 
     path: str
-    module: Any
+    module: nn.Module | None
+    weight: torch.Tensor
+    groups: int
     units: IntArray
     places: int = 0
     samples: int = 0
@@ -100,43 +107,49 @@ class _Reading:
         self.second = second if self.second is None else self.second + second
         self.places += len(rows)
 
-    def blamed(self, gradient: torch.Tensor) -> None:
-        """Add the gradient of its output."""
+    def blamed(self, gradient: torch.Tensor, samples: int) -> None:
+        """Add the gradient of its output, for so many inputs."""
         rows = _rows(gradient.detach(), self.module).float()
         back = (rows.T @ rows).double()
         self.back = back if self.back is None else self.back + back
-        self.samples += gradient.shape[0]
+        self.samples += samples
 
 
-def _rows(value: torch.Tensor, module: nn.Module) -> torch.Tensor:
+def _rows(value: torch.Tensor, module: nn.Module | None) -> torch.Tensor:
     """One row of channels for each place."""
-    return value.movedim(-1 if isinstance(module, nn.Linear) else 1, -1).flatten(0, -2)
+    return value.movedim(1 if isinstance(module, _CONVS) else -1, -1).flatten(0, -2)
 
 
-def _readings(model: nn.Module, group: Group) -> list[_Reading]:
+def _readings(model: nn.Module, dependencies: Dependencies, group: Group) -> list[_Reading]:
     found: dict[str, _Reading] = {}
-    for member in group.members:
+    for member in (each for each in group.members if each.role == "reads"):
         path, _, name = member.path.rpartition(".")
         module = model.get_submodule(path)
-        if member.role != "reads" or name != "weight" or not isinstance(module, _LAYERS):
+        called = path in dependencies.flow.runs[0].calls
+        layer = module if called and name == "weight" and isinstance(module, _LAYERS) else None
+        weight = module._parameters.get(name)
+        if weight is None or (layer is None and weight.dim() != 2):
             continue
-        units = _of_channels(member, module)
+        groups = int(getattr(layer, "groups", 1))
+        units = _of_channels(member, weight, groups)
         if units is not None and units.size <= _LARGEST:
-            found.setdefault(path, _Reading(path, module, units))
+            key = path if layer is not None else member.path
+            found.setdefault(key, _Reading(key, layer, weight, groups, units))
     return list(found.values())
 
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAYERS = (nn.Linear, *_CONVS)
 
 
-def _of_channels(member: Member, module: Any) -> IntArray | None:
+def _of_channels(member: Member, weight: torch.Tensor, groups: int) -> IntArray | None:
     """The unit of each channel that comes in; `None` where the weight is read in another way."""
-    layer, groups = member.units, int(getattr(module, "groups", 1))
+    layer = member.units
     axes = varying(layer)
     if groups == 1 and axes == {1}:
         return layer.reshape(-1)
-    if groups > 1 and axes <= {0, 1} and layer.shape[1] == module.weight.shape[1]:
-        table = np.broadcast_to(layer.reshape(layer.shape[:2]), module.weight.shape[:2])
+    if groups > 1 and axes <= {0, 1} and layer.shape[1] == weight.shape[1]:
+        table = np.broadcast_to(layer.reshape(layer.shape[:2]), weight.shape[:2])
         return table.reshape(groups, -1, table.shape[1])[:, 0].reshape(-1)
     return None
 
@@ -145,32 +158,40 @@ def _observe(model: nn.Module, readings: Mapping[str, _Reading], data: Iterable[
     """Run the model over the data, forward and backward."""
     twin = _frozen(runnable_copy(model)).eval()
     starts: list[torch.Tensor] = []
+    size = 1
 
     def watch(reading: _Reading) -> Any:
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             reading.read(args[0])
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
-                starts.append(output)
-                # What follows in place may not write to a leaf.
-                output = output.view_as(output)
-            output.register_hook(reading.blamed)
+            if not output.requires_grad:  # it does not depend on inputs that have gradients
+                starts.append(output.detach().requires_grad_())
+                output = starts[-1].clone()  # what follows in place may not write to a leaf
+            output.register_hook(lambda gradient: reading.blamed(gradient, size))
             return output
 
         return hook
 
+    def with_gradient(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        starts.append(tensor.requires_grad_())
+        return tensor.clone()
+
     for path, module in twin.named_modules():
         if path in readings:
             module.register_forward_hook(watch(readings[path]))
+    products = _Products({_storage(each.weight): each for each in readings.values() if each.module is None})
     generator = torch.Generator().manual_seed(0)
     empty = True
-    with kept_random_state(), kept_modes(twin), torch.inference_mode(mode=False), torch.enable_grad():
+    with kept_random_state(), no_fused_attention(), torch.inference_mode(mode=False), torch.enable_grad(), products:
         for number, batch in enumerate(watched(data, "gradients")):
             empty = False
             starts.clear()
             given = arguments_of(on_device(batch, model), model, inputs).fresh()
+            size = products.size = given.batch
+            products.back = False
             try:
-                output = given.call(twin)
+                output = given.map(with_gradient).call(twin)
             except (TypeError, ValueError, RuntimeError, IndexError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -180,10 +201,37 @@ def _observe(model: nn.Module, readings: Mapping[str, _Reading], data: Iterable[
                     found=given.describe(),
                 ) from error
             projected = _projected(output, generator)
+            products.back = True
             if projected is not None and starts:
                 torch.autograd.grad(projected, starts, allow_unused=True)
     if empty:
         raise InputError("the data gave no batches", path="data", hint="a list or a DataLoader; an iterator is used up")
+
+
+class _Products(TorchDispatchMode):
+    """Sees what is multiplied with a weight by a function (attention), and the gradients that come back through it."""
+
+    def __init__(self, wanted: Mapping[int, _Reading]) -> None:
+        TorchDispatchMode.__init__(self)
+        self.wanted = wanted
+        self.back = False
+        self.size = 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        place = {"aten::mm": 1, "aten::addmm": 2}.get(func._schema.name)
+        reading = None if place is None or not self.wanted else self.wanted.get(_storage(args[place]))
+        if reading is not None and place is not None:
+            value, width = args[place - 1], reading.weight.shape[0 if self.back else 1]
+            if value.shape[-1] == width and self.back:
+                reading.blamed(value, self.size)
+            elif value.shape[-1] == width:
+                reading.read(value)
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """What a weight and its views share."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _frozen(twin: nn.Module) -> nn.Module:
@@ -221,13 +269,13 @@ class _Reader:
     def of(reading: _Reading) -> _Reader:
         if reading.first is None or reading.second is None:
             raise InputError("no values were seen", path=reading.path)
-        held = reading.module.weight.detach().double()
+        held = reading.weight.detach().double()
         weight = held.flatten(2) if held.dim() > 2 else held.unsqueeze(2)  # (out, in / groups, places of the kernel)
-        groups = int(getattr(reading.module, "groups", 1))
+        groups = reading.groups
         mean = reading.first / reading.places
         covariance = reading.second / reading.places - torch.outer(mean, mean)
         count = len(mean)
-        ridge = (_LEAST + count / groups / reading.places) * covariance.diagonal().mean().clamp_min(1e-30)
+        drawn = _LEAST + count / groups / reading.places
         out = weight.shape[0]
         back = torch.eye(out, dtype=torch.double, device=weight.device)
         if reading.back is not None and reading.samples:
@@ -240,8 +288,9 @@ class _Reader:
             part = weight[rows]
             size[columns, columns] = torch.einsum("oit,op,pjt->ij", part, back[rows, rows], part)
             within[columns, columns] = True
-        eye = torch.eye(count, dtype=torch.double, device=weight.device)
-        inverse = torch.linalg.inv(torch.where(within, covariance, 0.0) + ridge * eye)
+        variance = covariance.diagonal().clamp_min(0)
+        tiny = _TINY * variance.mean().clamp_min(1e-30)
+        inverse = torch.linalg.inv(torch.where(within, covariance, 0.0) + torch.diag(drawn * variance + tiny))
         return _Reader(torch.as_tensor(reading.units), inverse, size)
 
     def costs(self, units: int) -> torch.Tensor:

@@ -80,6 +80,8 @@ class GradualPruning:
             raise EditError("a number of steps", path="steps", found=steps, expected="1 or more")
         if schedule not in ("cubic", "linear"):
             raise EditError("no such schedule", path="schedule", found=schedule, expected="cubic or linear")
+        if "thresholds" in settings:
+            raise EditError("steps lead to a ratio or a budget", path="thresholds", hint="tt.prune_channels")
         request(ratio, budget=budget, **settings)  # whether it can be asked for
         if budget is not None and (budget.macs is None) == (budget.params is None):
             raise EditError("a budget of MACs or of parameters, one of them", path="budget", found=str(budget))
