@@ -118,7 +118,9 @@ def _attention(call: OpCall) -> None:
 def _convolution(call: OpCall) -> None:
     source, weight, groups = call["input"], call["weight"], int(call["groups"])
     channels, where = call.channels, call.where
-    read = vector(call, call.layers(source), 1, int(source.shape[1]))
+    passing = _passing(call)
+    others = [layer for layer in call.layers(source) if not any(layer is each for each in passing)]
+    read = vector(call, others, 1, int(source.shape[1]))
     layers = [channels.fixed_along(layer, range(2, weight.dim()), where) for layer in call.layers(weight)]
     tables = [layer.reshape(layer.shape[:2]) for layer in layers if layer is not None]
     if call.arguments.get("transposed"):
@@ -128,7 +130,21 @@ def _convolution(call: OpCall) -> None:
     if written is not None and isinstance(call["bias"], torch.Tensor):
         for layer in call.layers(call["bias"]):
             channels.link(layer, written, where)
-    call.give(call.out, [] if written is None else [along(written, 1, call.out.dim())])
+    call.give(call.out, [*([] if written is None else [along(written, 1, call.out.dim())]), *passing])
+
+
+def _passing(call: OpCall) -> list[Layer]:
+    """The channels along dimensions over which a convolution goes point by point: it does not see them."""
+    if call.arguments.get("transposed"):
+        return []
+    space = range(2, call["weight"].dim())
+    point = {
+        axis
+        for number, axis in enumerate(space)
+        if call["weight"].shape[axis] == 1
+        and all(call[name][number % len(call[name])] == still for name, still in (("stride", 1), ("padding", 0)))
+    }
+    return [layer for layer in call.layers(call["input"]) if varying(layer) and varying(layer) <= point]
 
 
 def _plain(call: OpCall, tables: Sequence[Layer], read: Layer, groups: int, shape: Shape) -> Layer | None:

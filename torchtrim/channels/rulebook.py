@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from torchtrim.channels import moves, products  # their rules register themselves
+from torchtrim.channels import moves, products, windows  # their rules register themselves
 from torchtrim.channels.arithmetic import batch_norm, elementwise, reduction, spatial
 from torchtrim.channels.rules import RULES, Rule, unknown
 
@@ -50,4 +50,4 @@ _SPATIAL: tuple[str, ...] = (
 _SPATIAL += ("_upsample_", "reflection_pad", "replication_pad", "fractional_max_pool", "mkldnn_max_pool")
 _NORMS = ("native_batch_norm", "_native_batch_norm", "cudnn_batch_norm", "_batch_norm", "batch_norm", "miopen_batch")
 
-__all__ = ["moves", "products", "rule_for"]
+__all__ = ["moves", "products", "rule_for", "windows"]
