@@ -422,6 +422,8 @@ def test_types_of_half_precision_are_ranked_too() -> None:
         ("taylor", {}, InputError, "needs data"),
         (tp.importance.GroupHessianImportance(), {}, InputError, "needs data"),
         ("taylor", {"data": []}, InputError, "no batches"),
+        (tp.importance.OBDCImportance(), {}, EditError, "OBDCImportance.*asks for more"),
+        (tp.importance.GroupMagnitudeImportance(group_reduction=None), {}, EditError, "as many scores"),
         ("apoz", {"data": iter(())}, InputError, "no batches"),
         ("apoz", {"data": [torch.zeros(2, 7, 8, 8)]}, InputError, r"data\[0\]"),
         ("taylor", {"data": [X]}, InputError, "no labels"),

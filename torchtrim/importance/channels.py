@@ -17,7 +17,7 @@ from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.importance.activations import mean_size, observations, share_of_nonzero
 from torchtrim.importance.gradients import Loss, gradients
 from torchtrim.importance.matrices import ChannelGroup, groups_of
-from torchtrim.importance.stand_in import observed, stand_ins
+from torchtrim.importance.stand_in import Item, observed, stand_ins
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 Importance: TypeAlias = "str | Callable[..., Any]"
@@ -164,7 +164,7 @@ def _by_group(
             observations(model, dependencies, _needed(data, importance), inputs, statistic),
             strict=True,
         ):
-            yield group, criterion([observed(*each) for each in readings])
+            yield group, _asked(criterion, [observed(*each) for each in readings])
         return
     slopes = None
     if isinstance(criterion, criteria.GroupHessianImportance):
@@ -176,7 +176,19 @@ def _by_group(
     for group in groups_of(model, dependencies, slopes, buffers=False, biases=biases):
         reached = slopes is None or any(each.gradient is not None for each in group.tensors)
         items = stand_ins(group, shifted=importance == "fpgm") if reached else []
-        yield group, criterion(items) if items else None
+        yield group, _asked(criterion, items)
+
+
+def _asked(criterion: Any, items: list[Item]) -> Any:
+    """What a criterion of torch-pruning says of a group; nothing of one without layers."""
+    try:
+        return criterion(items) if items else None
+    except (AttributeError, KeyError) as error:  # one that has to be prepared on a graph of its own (OBDC)
+        raise EditError(
+            f"this criterion asks for more than the layers of a group: {type(error).__name__}: {error}",
+            path=f"importance={_name_of(criterion)}",
+            expected=_EXPECTED,
+        ) from error
 
 
 def _known(importance: Importance) -> bool:

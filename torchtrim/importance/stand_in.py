@@ -140,7 +140,7 @@ def _layer(kind: type[nn.Module], weight: nn.Parameter | None, **attributes: Any
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)
     layer._parameters |= {"weight": weight, "bias": None}
-    layer.__dict__ |= attributes
+    layer.__dict__ |= {"extra_repr": str, **attributes}  # its own asks for attributes that it does not have
     return layer
 
 
