@@ -67,6 +67,8 @@ def scores(
     compared as they are, each group's are divided by their mean: 1 is a group's average unit. So units of all groups
     can be ranked together (`scope="global"`).
 
+    `apoz` tells channels apart where activation functions give zeros (ReLU); behind GELU or SiLU `activation` does.
+
     Weights that write or read a unit count, and the scales of batch norms and layer norms; biases do not, nor do
     tokens and embeddings. Of a weight that reads several groups (behind a concatenation) each group counts its own
     columns. As in torch-pruning, `taylor` leaves batch norms out. Unlike there, weights of depthwise convolutions
