@@ -216,16 +216,14 @@ def _matched(model: nn.Module, original: nn.Module, found: Statistics) -> Statis
     """The original's statistics for the channels that are left, where that can be told."""
     past = len(history(original).entries)
     same = history(model).entries[:past] == history(original).entries
-    lost = losses(model, past if same else 0)
+    lost = losses(model, past) if same else []
+    buffers = dict(model.named_buffers(remove_duplicate=False))
     matched: Statistics = {}
     for path, (mean, variance) in found.items():
         name = f"{path}.running_mean" if path else "running_mean"
         for removed in (step[name] for step in lost if name in step):
-            try:
-                mean, variance = taken(mean, removed), taken(variance, removed)
-            except IndexError:
-                break  # the history is of another model
-        held = dict(model.named_buffers(remove_duplicate=False)).get(name)
+            mean, variance = taken(mean, removed), taken(variance, removed)
+        held = buffers.get(name)
         if held is not None and held.shape == mean.shape:
             matched[path] = mean, variance
     return matched
