@@ -106,10 +106,13 @@ def dependencies(model: nn.Module, flow: Flow, *, protect: Collection[str] = ())
         protect: Paths or globs of modules whose output is to stay as wide as it is.
     """
     tensors = list(_tensors(model, flow))
-    units = units_of(flow, _protected(flow, protect))
     role = roles(flow)
     layers = [(path, role(label, layer), layer) for path, _, label, layer in tensors]
-    unit_of = _numbered(units, layers)
+    chosen = np.zeros(flow.channels.count, dtype=bool)
+    for _, each, layer in layers:
+        chosen[layer] |= each != "holds"
+    units = units_of(flow, chosen, _protected(flow, protect))
+    unit_of = _numbered(units, chosen)
     owners = {path: owner for path, owner, _, _ in tensors}
     while True:
         members = [Member(path, role, unit_of[layer]) for path, role, layer in layers]
@@ -144,12 +147,10 @@ def _protected(flow: Flow, protect: Collection[str]) -> Iterator[tuple[Layer, st
                         yield from ((layer, "it is protected") for layer in label.layers)
 
 
-def _numbered(units: Units, layers: list[tuple[str, str, Layer]]) -> IntArray:
+def _numbered(units: Units, chosen: Mask) -> IntArray:
     """A number for each unit that is written or read by a weight; -1 for other channels."""
     found = np.zeros(units.root.size, dtype=bool)
-    for _, role, layer in layers:
-        if role != "holds":
-            found[units.root[layer]] = True
+    found[units.root[chosen]] = True
     found[FIXED] = False
     numbers = np.full(units.root.size, -1, dtype=np.int64)
     roots = np.flatnonzero(found)

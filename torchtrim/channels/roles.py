@@ -13,7 +13,7 @@ from torchtrim.channels.run import Flow, Step
 Role: TypeAlias = Callable[[Label, Layer], str]
 
 _PRODUCTS = {"convolution": (1,), "_convolution": (1,), "mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "dot": (0, 1)}
-_PRODUCTS |= {"addmm": (1, 2), "baddbmm": (1, 2), "addmv": (1, 2)}
+_PRODUCTS |= {"addmm": (1, 2), "baddbmm": (1, 2), "addmv": (1, 2)}  # where their operands are
 
 
 def roles(flow: Flow) -> Role:
@@ -46,10 +46,10 @@ def roles(flow: Flow) -> Role:
 
 
 def _weights(step: Step) -> Iterator[Label]:
-    """The weights of a product."""
-    for number in _PRODUCTS.get(step.name.removesuffix("_"), ()):
-        if number < len(step.given) and step.given[number][1].static:
-            yield step.given[number][1]
+    """The weights of a product; where both operands are computed from parameters alone, the second is."""
+    operands = [step.given[number][1] for number in _PRODUCTS.get(step.name.removesuffix("_"), ())]
+    static = [label for label in operands if label.static]
+    yield from static[-1:]
 
 
 def _sources(weight: Label, makers: dict[int, Step]) -> set[int]:

@@ -37,7 +37,7 @@ class Units:
         return next((self.reasons[each] for each in held.tolist() if each in self.reasons), None)
 
 
-def units_of(flow: Flow, protect: Iterable[tuple[Layer, str]] = ()) -> Units:
+def units_of(flow: Flow, chosen: Mask, protect: Iterable[tuple[Layer, str]] = ()) -> Units:
     """The units of a model's channels.
 
     Channels that are tied one by one are one unit; where values are taken apart over several dimensions (attention
@@ -45,10 +45,11 @@ def units_of(flow: Flow, protect: Iterable[tuple[Layer, str]] = ()) -> Units:
 
     Args:
         flow: The channels.
+        chosen: Whether each channel is one that a weight writes or reads: others go when all that implies them does.
         protect: Channels that are to stay, and why.
     """
     merge = _Merge.of(flow, protect)
-    implied = Implied.of(flow)
+    implied = Implied.of(flow, chosen)
     tables = _tables(flow)
     parts = _by_call([*flow.channels.parts, *flow.equal_parts])
     while True:
@@ -224,9 +225,14 @@ class _Merge:
             self.pin(layer, "how many there are in a head sets the scale of an attention")
 
     def parts(self, call: list[EqualParts]) -> None:
-        """Merge parts that must stay equal: whole ones where these are more, else the same place in each."""
+        """Merge parts that must stay equal: whole ones where these are more, else the same place in each.
+
+        Parts of one channel each can only go whole, whether or not the call can do with fewer: what cannot is told when
+        its numbers are settled.
+        """
         cells = [self.root[part.channels] for part in call]
-        by_rows = all(part.whole for part in call) and len(cells[0]) >= min(each.shape[1] for each in cells)
+        sizes = [each.shape[1] for each in cells]
+        by_rows = max(sizes) == 1 or (all(part.whole for part in call) and len(cells[0]) >= min(sizes))
         for part, each in zip(call, cells, strict=True):
             self._slices(each if by_rows else each.T, f"its parts must stay equal at {part.where}")
 
@@ -253,7 +259,7 @@ class Implied:
         ends: What follows of all of them.
         by: For each of these the number of its condition.
         why: For each condition, why.
-        held: The channels of all parameters and buffers.
+        held: The channels that weights write or read.
     """
 
     starts: IntArray
@@ -264,7 +270,7 @@ class Implied:
     held: Layer
 
     @staticmethod
-    def of(flow: Flow) -> Implied:
+    def of(flow: Flow, chosen: Mask) -> Implied:
         """All that is implied in a model."""
         implied = [each for each in flow.channels.implied if each[0].size]
         starts = np.cumsum([0, *(before.size for before, _, _ in implied)])[:-1].astype(np.int64)
@@ -272,8 +278,7 @@ class Implied:
         ends = [after for _, after, _ in implied] or [np.zeros(0, np.int64)]
         by = np.repeat(np.arange(len(ends)), [each.size for each in ends])
         why = [why for _, _, why in implied]
-        held = [layer.ravel() for label in flow.tensors.values() for layer in label.layers] or [np.zeros(0, np.int64)]
-        return Implied(starts, np.concatenate(cells), np.concatenate(ends), by, why, np.concatenate(held))
+        return Implied(starts, np.concatenate(cells), np.concatenate(ends), by, why, np.flatnonzero(chosen))
 
     def closed(self, gone: Mask) -> Mask:
         """What goes where some channels go: those that are implied too."""
@@ -289,7 +294,7 @@ class Implied:
     def join(self, merge: _Merge) -> None:
         """Where one unit alone takes others with it, they are one.
 
-        Channels that stand in no parameter or buffer are not chosen: they go when all that implies them does.
+        Channels that no weight writes or reads are not chosen: they go when all that implies them does.
         """
         while self.why:
             roots = merge.root[self.channels]

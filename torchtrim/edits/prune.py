@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, get_args
 
 import numpy as np
-from torch import nn
 
 from torchtrim.channels import cost
 from torchtrim.channels.follow import follow
 from torchtrim.channels.groups import Dependencies, dependencies
 from torchtrim.channels.select import Scope
+from torchtrim.edits.attention import unwiden, widen
 from torchtrim.edits.budget import Budget
 from torchtrim.edits.channel_check import check_values
 from torchtrim.edits.edit import Edit
@@ -21,6 +21,7 @@ from torchtrim.edits.prune_choice import Choice
 from torchtrim.edits.prune_decide import Decision, decide, take_out
 from torchtrim.edits.prune_record import Pruned, PrunedGroup, lost_by, narrow_again, shapes_of
 from torchtrim.edits.reconstruct import reconstruct, set_tensors
+from torchtrim.edits.truth import set_attributes
 from torchtrim.edits.work import Work
 from torchtrim.errors import CheckFailed, EditError, GuardError, TorchTrimWarning
 from torchtrim.graph import check as checks
@@ -96,12 +97,13 @@ class PruneChannels(Edit):
         """Prune `work.model`; returns the record with what was decided."""
         if self.pruned is not None:
             return self._again(work, self.pruned)
+        widen(work)
         flow = follow(work.model, work.inputs)
         found = dependencies(work.model, flow, protect=self.protect)
         choice = Choice.of(self, work, found)
         decision = decide(work, found, choice)
-        before = _attributes(work.model)
-        changes = take_out(work, flow, decision.gone)
+        changes, attributes = take_out(work, flow, decision.gone)
+        unwiden(work)
         groups = tuple(PrunedGroup.of(group, decision.units) for group in found.groups)
         left_alone = found.left_alone | {
             found.groups[number].name: why for number, why in (choice.silent | decision.left_alone).items()
@@ -111,7 +113,7 @@ class PruneChannels(Edit):
             groups,
             lost_by(changes),
             shapes_of(work.model, [change.path for change in changes]),
-            _changed(before, _attributes(work.model)),
+            attributes,
             left_alone,
             notes,
         )
@@ -134,8 +136,10 @@ class PruneChannels(Edit):
 
     def _again(self, work: Work, pruned: Pruned) -> Edit:
         """Do what the record says."""
+        widen(work)
         narrow_again(work, pruned)
-        _set_attributes(work.model, pruned.attributes)
+        set_attributes(work.model, pruned.attributes)
+        unwiden(work)
         if pruned.weights is not None:
             set_tensors(work, pruned.weights)
         work.joints += [group.joint() for group in pruned.groups if group.after < group.before]
@@ -240,31 +244,3 @@ def _runs(work: Work) -> list[str]:
         else:
             told.append(f"{variant.name}: runs")
     return told
-
-
-def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    return {
-        path: {name: value for name, value in module.__dict__.items() if _is_plain(value)}
-        for path, module in model.named_modules()
-    }
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return isinstance(value, int)
-
-
-def _changed(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    found = {}
-    for path, values in after.items():
-        new = {name: value for name, value in values.items() if before[path].get(name) != value}
-        if new:
-            found[path] = new
-    return found
-
-
-def _set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
-    for path, values in attributes.items():
-        for name, value in values.items():
-            model.get_submodule(path).__dict__[name] = value

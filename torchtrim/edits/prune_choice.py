@@ -86,7 +86,7 @@ class Choice:
             self.found,
             self.scores,
             lambda ratio: self._select(ratio * allowed),
-            most=asked.max_ratio,
+            most=1.0,  # `select` holds every group to its largest ratio
         )
         return self.within.units
 

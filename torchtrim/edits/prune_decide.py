@@ -13,7 +13,8 @@ from torchtrim.channels.labels import Layer, Mask
 from torchtrim.channels.settle import settle
 from torchtrim.channels.units import IntArray
 from torchtrim.edits.channel_check import check_shapes
-from torchtrim.edits.channel_narrow import Narrowing, narrow, narrowings, tell_the_truth
+from torchtrim.edits.channel_narrow import Narrowing, narrow, narrowings
+from torchtrim.edits.truth import Numbers, tell_the_truth
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError
 from torchtrim.graph.copying import structural_copy
@@ -94,16 +95,15 @@ def failure(work: Work, flow: Flow, gone: Mask) -> EditError | None:
     return None
 
 
-def take_out(work: Work, flow: Flow, gone: Mask) -> list[Narrowing]:
-    """Take channels out of `work.model`.
+def take_out(work: Work, flow: Flow, gone: Mask) -> tuple[list[Narrowing], Numbers]:
+    """Take channels out of `work.model`; returns what tensors lost, and what modules say of their widths since.
 
     Raises:
         EditError: Nothing would be left of a tensor, or what is left has gaps.
     """
     changes = narrowings(work.model, flow, gone)
     narrow(work, changes)
-    tell_the_truth(work.model, flow, gone, {change.owner for change in changes})
-    return changes
+    return changes, tell_the_truth(work.model, flow, gone, {change.owner for change in changes})
 
 
 def _at_fault(

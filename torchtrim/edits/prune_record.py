@@ -73,7 +73,6 @@ class Pruned:
         left_alone: The paths of layers that could not be narrowed, and why.
         notes: What the user was told.
         weights: Weights that were solved for anew.
-        widened: The attentions that can hold any number of heads since.
     """
 
     groups: tuple[PrunedGroup, ...] = ()
@@ -83,7 +82,6 @@ class Pruned:
     left_alone: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     weights: Weights | None = None
-    widened: tuple[str, ...] = ()
 
     @property
     def narrowed(self) -> dict[str, dict[str, tuple[int, ...]]]:
