@@ -243,3 +243,22 @@ def test_layers_of_torch_with_fewer_heads() -> None:
     whole, _, _ = narrowed(net, x, lambda flow: [])
     assert type(whole[0].layers[0].self_attn) is nn.MultiheadAttention
     torch.testing.assert_close(whole(x), net(x))
+
+
+class Product(nn.Module):
+    """An attention in `einsum`, which moves dimensions of size 1 elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.out = 2, nn.Linear(5, 24), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(2, 3) for each in self.qkv(x).chunk(3, -1))
+        scores = torch.einsum("bghid,bghjd->bghij", q, k).softmax(-1)
+        return self.out(torch.einsum("bghij,bghjd->bghid", scores, v).transpose(2, 3).flatten(3))
+
+
+def test_one_head_is_left() -> None:
+    net, x = Product(), torch.randn(2, 4, 7, 5)
+    pruned, _, _ = narrowed(net, x, last_heads)
+    assert (pruned.heads, pruned.qkv.out_features, pruned.out.in_features) == (1, 12, 4)

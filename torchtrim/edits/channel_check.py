@@ -73,7 +73,7 @@ def _stopped(before: Run, after: Run | None, gone: Mask) -> tuple[Layer, ...]:
     found = [] if after is None else _told(after)
     for step, other in zip(steps, found, strict=False):
         for (shape, label), (now, _) in zip(step.outputs, other.outputs, strict=False):
-            if step.name == other.name and not label.aside and shape_after(shape, label, gone) != now:
+            if step.name == other.name and not label.aside and _broad(shape_after(shape, label, gone)) != _broad(now):
                 return label.layers
     values = [value for each in steps[number : number + 1] for value in (*each.given, *each.outputs)]
     return tuple(layer for _, label in values for layer in label.layers if bool(gone[layer].any()))
@@ -95,7 +95,9 @@ def _compare_steps(before: list[Step], after: list[Step], gone: Mask) -> None:
         for (shape, label), (other, _) in zip(step.outputs, found.outputs, strict=False):
             if not label.aside:
                 _expect(shape_after(shape, label, gone), other, step.where, label)
-        _expect(_start_after(step, gone), None if found.start is None else found.start[1:], step.where, step.source)
+        start, other_start = _start_after(step, gone), None if found.start is None else found.start[1:]
+        if start != other_start:
+            raise _does_not_follow(start, other_start, step.where, step.source)
 
 
 def _start_after(step: Step, gone: Mask) -> tuple[int, ...] | None:
@@ -118,14 +120,25 @@ def _compare_calls(before: Run, after: Run, gone: Mask) -> None:
 
 
 def _expect(expected: tuple[int, ...] | None, found: tuple[int, ...] | None, where: str, label: Label | None) -> None:
-    if expected != found:
-        raise NotFollowed(
-            f"the forward does not follow at {where}: a width is written there, or channels are taken apart",
-            found=found,
-            expected=expected or "channels that leave no gaps (the same ones of each part)",
-            hint=_FOLLOW,
-            layers=() if label is None else label.layers,
-        )
+    if _broad(expected) != _broad(found):
+        raise _does_not_follow(expected, found, where, label)
+
+
+def _does_not_follow(
+    expected: tuple[int, ...] | None, found: tuple[int, ...] | None, where: str, label: Label | None
+) -> NotFollowed:
+    return NotFollowed(
+        f"the forward does not follow at {where}: a width is written there, or channels are taken apart",
+        found=found,
+        expected=expected or "channels that leave no gaps (the same ones of each part)",
+        hint=_FOLLOW,
+        layers=() if label is None else label.layers,
+    )
+
+
+def _broad(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """A shape without its dimensions of size 1: `einsum` puts those elsewhere, and one head may be left."""
+    return None if shape is None else tuple(size for size in shape if size != 1)
 
 
 def check_values(work: Work, flow: Flow, gone: Mask) -> list[str]:
