@@ -237,6 +237,7 @@ def test_a_record_alone_cannot_measure() -> None:
         tt.apply(Wide(), torch.randn(1, 3, 8, 8), tt.PruneChannels(budget=tt.Budget(latency_ms=1)))
 
 
+@pytest.mark.usefixtures("_short")
 def test_the_code_in_the_guide_runs() -> None:
     text = (ROOT / "docs" / "pruning.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
