@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import timm
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -141,3 +143,25 @@ def test_a_share_in_coarse_steps_is_not_measured_again_and_again() -> None:
 
     best, tried = largest_share(6.0, Try(1.0, 10.0, None), measure)
     assert len(tried) <= 3 and best.share == 0.5
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit", "test_convnext"])
+def test_a_budget_holds_for_the_model_as_it_is_measured(name: str) -> None:
+    model, x = timm.create_model(name).eval(), torch.zeros(1, 3, 160, 160)
+    whole = tt.summary(model, x)
+    for scope in ("uniform", "global"):
+        net = tt.prune_channels(model, x, budget=Budget(macs=0.5), scope=scope, check=False)
+        assert 0.35 * whole.macs <= tt.summary(net, x).macs <= 0.5 * whole.macs
+    limits = Budget(params=0.6 * whole.params, size_mb=0.5 * whole.size_mb)
+    found = tt.summary(tt.prune_channels(model, x, budget=limits, check=False), x)
+    assert found.params <= 0.6 * whole.params and found.size_mb <= 0.5 * whole.size_mb
+    assert found.size_mb >= 0.4 * whole.size_mb
+
+
+def test_a_budget_out_of_reach_gives_the_smallest_and_says_so() -> None:
+    model, x = timm.create_model("test_resnet").eval(), torch.zeros(1, 3, 64, 64)
+    with pytest.warns(tt.TorchTrimWarning, match="macs missed"):
+        net = tt.prune_channels(model, x, budget=Budget(macs=1e-4), max_ratio=0.5, check=False)
+    half = tt.prune_channels(model, x, ratio=0.5, check=False)
+    assert tt.summary(net, x).macs == tt.summary(half, x).macs
+    assert "macs missed" in tt.history(net).entries[0].notes[0]
