@@ -64,6 +64,15 @@ def test_by_paths_and_with_every_option() -> None:
     assert widths["layer4.0.conv1"] == 40  # not 96 * 0.1
 
 
+def test_by_thresholds_of_the_score() -> None:
+    answer = run(NAME, "--threshold", "layer3.*=1.0", "--input", SMALL, "--out", "net.trim")
+    assert answer.exit_code == 0, answer.output
+    edit = pruned("net.trim")
+    assert edit.thresholds == {"layer3.*": 1.0} and edit.pruned is not None
+    narrower = {group.name for group in edit.pruned.groups if group.after < group.before}
+    assert narrower and all(name.startswith("layer3.") for name in narrower)
+
+
 def test_an_onnx_file_of_the_pruned_model() -> None:
     answer = run(NAME, "--ratio", 0.5, "--input", SMALL, "--out", "net.onnx", "--json")
     assert answer.exit_code == 0, answer.output

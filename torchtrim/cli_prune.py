@@ -56,7 +56,11 @@ def prune(
         typer.Option(metavar="PATH=SCORE", help="Instead: all channels of a path or glob that score below."),
     ] = None,
     importance: Annotated[
-        str, typer.Option(help="magnitude, l1, bn_scale, lamp, fpgm, taylor, hessian, apoz, activation or random.")
+        str,
+        typer.Option(
+            help="magnitude, l1, bn_scale, lamp, fpgm or random; on --data: taylor, hessian, apoz, activation, "
+            "reconstruction."
+        ),
     ] = "magnitude",
     scope: Annotated[
         str, typer.Option(help="uniform: of each layer; global: of all together; isomorphic: of layers alike.")
