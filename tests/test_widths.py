@@ -262,3 +262,22 @@ def test_one_head_is_left() -> None:
     net, x = Product(), torch.randn(2, 4, 7, 5)
     pruned, _, _ = narrowed(net, x, last_heads)
     assert (pruned.heads, pruned.qkv.out_features, pruned.out.in_features) == (1, 12, 4)
+
+
+class Paths(nn.Module):
+    """A width computed from two numbers, neither of which is a size by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.num_paths, self.in_channels = nn.Linear(5, 8), 2, 8
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, other = torch.split(self.first(x), self.in_channels // self.num_paths, 1)
+        return self.out(one + other)
+
+
+def test_of_two_numbers_the_one_that_counts_channels() -> None:
+    net, x = Paths(), torch.randn(2, 5)
+    pruned, _, _ = narrowed(net, x, lambda flow: [flow.tensors[id(net.first.weight)].layers[0].ravel()[[1, 5]]])
+    assert (pruned.in_channels, pruned.num_paths, pruned.out.in_features) == (6, 2, 3)

@@ -185,9 +185,12 @@ def joined(channels: Channels, operands: Sequence[tuple[Sequence[Layer], Shape]]
     results: dict[frozenset[int], Layer] = {}
     covered: dict[frozenset[int], set[int]] = {}  # by a finer layer: which operands have that
     for axes in sorted(held, key=len, reverse=True):
-        first: Layer | None = next(iter(held[axes].values()))
-        for layer in held[axes].values():
-            channels.link(held[axes][next(iter(held[axes]))], layer, why)
+        # Beside a finer layer of the same operand one only says what of it is repeated: all of that goes, or nothing.
+        repeats = {number: any(axes < varying(each) for each in operands[number][0]) for number in held[axes]}
+        first: Layer | None = held[axes][min(held[axes], key=lambda number: repeats[number])]
+        for number, layer in held[axes].items():
+            if first is not None and layer is not first:
+                (channels.within if repeats[number] else channels.link)(first, layer, why)
         for number, (layers, shape) in enumerate(operands):
             if first is None or number in held[axes] or number in covered.get(axes, ()):
                 continue

@@ -63,7 +63,8 @@ def settle(flow: Flow, gone: Mask) -> Settled:
     values = _Values(known, flow.numbers, after)
     waiting = [demand for demand in demands if isinstance(demand.source, Computed)]
     while waiting:
-        solved = [demand for demand in waiting if _solve(demand, values)]
+        solved = [demand for demand in waiting if _solve(demand, values, 1)]
+        solved = solved or [demand for demand in waiting if _solve(demand, values, _MOST)][:1]
         waiting = [demand for demand in waiting if demand not in solved]
         if not solved:
             break
@@ -105,21 +106,28 @@ class _Values:
         return int(source.function(*plain))
 
 
-def _solve(demand: Demand, values: _Values) -> bool:
-    """Find the one number that is not known yet, where the demand is not met; returns whether there was one."""
+def _solve(demand: Demand, values: _Values, most: int) -> bool:
+    """Find a number that is not known yet, where the demand is not met; returns whether there was one.
+
+    Of several that are unknown one alone is changed: one that counts channels by its name before one that counts parts.
+    """
     right = values.sizes[demand.size]
     if values.of(demand.source) == right:
         return False
     unknown = [each for each in dict.fromkeys(attributes_of(demand.source)) if each not in values.known]
-    if len(unknown) != 1:
+    if len(unknown) > most:
         return False
-    attribute = unknown[0]
-    for value in _candidates(values.old[attribute], demand.given, right):
-        values.known[attribute] = value
-        if values.of(demand.source) == right:
-            return True
-    del values.known[attribute]
+    for attribute in sorted(unknown, key=lambda each: each.name.startswith(_PARTS)):
+        for value in _candidates(values.old[attribute], demand.given, right):
+            values.known[attribute] = value
+            if values.of(demand.source) == right:
+                return True
+        del values.known[attribute]
     return False
+
+
+_MOST = 3
+_PARTS = ("num_", "n_", "groups", "radix", "factor", "scale", "heads")
 
 
 def _candidates(old: int, before: int, after: int) -> list[int]:
