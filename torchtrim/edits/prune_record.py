@@ -160,11 +160,11 @@ def _taken(removed: Mapping[str, tuple[int, ...]]) -> Callable[[torch.Tensor], t
             rows = torch.as_tensor(np.stack([np.flatnonzero(row) for row in kept]), device=tensor.device)
         for axis, indices in removed.items():
             if axis != "0,1":
-                kept = np.flatnonzero(_stays(tensor.shape[int(axis)], indices))
-                tensor = tensor.index_select(int(axis), torch.as_tensor(kept, device=tensor.device))
+                index = np.flatnonzero(_stays(tensor.shape[int(axis)], indices))
+                tensor = tensor.index_select(int(axis), torch.as_tensor(index, device=tensor.device))
         if rows is not None:
-            index = rows.reshape(*rows.shape, *(1,) * (tensor.dim() - 2))
-            tensor = tensor.gather(1, index.expand(*rows.shape, *tensor.shape[2:]))
+            places = rows.reshape(*rows.shape, *(1,) * (tensor.dim() - 2))
+            tensor = tensor.gather(1, places.expand(*rows.shape, *tensor.shape[2:]))
         return tensor.clone()
 
     return take
