@@ -285,3 +285,40 @@ def test_zero_ratios_are_left_out_of_a_ranking() -> None:
     gone = select(found, np.zeros(32), np.array([0.0, 0.5]), "global")
     assert not gone[found.groups[0].units].any()
     assert gone[found.groups[1].units].sum() == 8
+
+
+def test_what_only_a_buffer_makes_stays() -> None:
+    class Grid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("grid", torch.rand(1, 16, 16, 4))
+            self.fc, self.out = nn.Linear(4, 8), nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((1, 2, 3))[:, None] + self.out(self.fc(self.grid).mean((1, 2)))
+
+    found = found_in(Grid(), 2, 3, 8, 8)
+    assert {name: len(group.units) for name, group in by_name(found).items()} == {"fc": 8}
+
+
+def test_tied_widths_keep_the_same_fraction() -> None:
+    class Tied(nn.Module):
+        def __init__(self, heads: int) -> None:
+            super().__init__()
+            self.stem = nn.Linear(3, 60)
+            self.heads, self.width = heads, 60 // heads
+            self.qkv, self.proj, self.head = nn.Linear(60, 180), nn.Linear(60, 60), nn.Linear(60, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            b, n, c = x.shape
+            q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, self.width).permute(2, 0, 3, 1, 4)
+            y = (q @ k.transpose(-2, -1) * self.width**-0.5).softmax(-1) @ v
+            return self.head(x + self.proj(y.transpose(1, 2).reshape(b, n, c)))
+
+    groups = by_name(found_in(Tied(3), 2, 7, 3))
+    assert groups["stem"].family == groups["qkv"].family
+    found = found_in(Tied(3), 2, 7, 3)
+    scores = np.arange(found.count, dtype=float)
+    left = {group.name: int((~select(found, scores, np.full(2, 0.5))[group.units]).sum()) for group in found.groups}
+    assert left == {"stem": 40, "qkv": 2}

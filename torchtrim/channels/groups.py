@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -112,16 +113,20 @@ def dependencies(model: nn.Module, flow: Flow, *, protect: Collection[str] = ())
     for _, each, layer in layers:
         chosen[layer] |= each != "holds"
     units = units_of(flow, chosen, _protected(flow, protect))
-    unit_of = _numbered(units, chosen)
+    unit_of = _numbered(units, chosen & _made_by_parameters(model, flow, layers, units))
     owners = {path: owner for path, owner, _, _ in tensors}
+    uneven: dict[str, str] = {}
     while True:
         members = [Member(path, role, unit_of[layer]) for path, role, layer in layers]
         groups, group_of = _groups([each for each in members if (each.units >= 0).any()], owners, unit_of, flow)
-        single = [int(group.units[0]) for group in groups if len(group.units) == 1]
-        if not single:
+        fast = [group for group in groups if len(group.units) == 1]
+        for group, reason in _without_fraction(groups):
+            uneven[group.name] = reason
+            fast.append(group)
+        if not fast:
             break
-        unit_of = _renumbered(unit_of, single)
-    left_alone = _left_alone(layers, units, unit_of)
+        unit_of = _renumbered(unit_of, np.concatenate([group.units for group in fast]).tolist())
+    left_alone = _left_alone(layers, units, unit_of) | uneven
     return Dependencies(flow, groups, unit_of, left_alone, tuple(_one_of(flow, unit_of, group_of)), units.implied)
 
 
@@ -145,6 +150,31 @@ def _protected(flow: Flow, protect: Collection[str]) -> Iterator[tuple[Layer, st
                 for call in calls:
                     for _, label in call.outputs:
                         yield from ((layer, "it is protected") for layer in label.layers)
+
+
+def _made_by_parameters(model: nn.Module, flow: Flow, layers: list[tuple[str, str, Layer]], units: Units) -> Mask:
+    """Whether a parameter writes or holds each channel: a buffer alone may be one that a forward computes anew."""
+    own = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+    made = np.zeros(flow.channels.count, dtype=bool)
+    for path, role, layer in layers:
+        if path in own and role != "reads":
+            made[units.root[layer]] = True
+    found: Mask = made[units.root]
+    return found
+
+
+def _without_fraction(groups: tuple[Group, ...]) -> Iterator[tuple[Group, str]]:
+    """The groups of families of which no fraction can go, and why."""
+    families: dict[int, list[Group]] = {}
+    for group in groups:
+        families.setdefault(group.family, []).append(group)
+    for family in families.values():
+        sizes = sorted({len(group.units) for group in family})
+        if len(family) > 1 and math.gcd(*sizes) == 1:
+            told = ", ".join(map(str, sizes))
+            yield from (
+                (group, f"as large a part would have to go of {told} channels or heads each") for group in family
+            )
 
 
 def _numbered(units: Units, chosen: Mask) -> IntArray:
