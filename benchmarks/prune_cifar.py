@@ -73,6 +73,7 @@ def main() -> int:
     start = load_network(options.weights)
     x, y = load(options.data, train=True)
     test = load(options.data, train=False)
+    x, y = x[: options.pictures], y[: options.pictures]
     if options.quick:
         x, y, test = x[:512], y[:512], (test[0][:500], test[1][:500])
     job = Job(options, start, x, y, test)
@@ -104,6 +105,7 @@ def parse() -> Any:
     made.add_argument("--speed-up", type=float, default=2.11, help="of the published network's MACs (2.11)")
     made.add_argument("--macs", type=float, help="the MACs themselves")
     made.add_argument("--epochs", type=int, default=3, help="of fine-tuning (3)")
+    made.add_argument("--pictures", type=int, default=50_000, help="to train on, the first so many (50,000)")
     made.add_argument("--sparse-epochs", type=int, help="of sparse training (as many)")
     made.add_argument("--lr", type=float, default=0.02, help="the learning rate at the start (0.02)")
     made.add_argument("--batch", type=int, default=128, help="pictures in a batch (128)")
