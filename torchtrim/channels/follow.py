@@ -34,9 +34,7 @@ class NotFollowable(EditError):
         run: What it did until then.
     """
 
-    def __init__(self, run: Run, message: str, **told: Any) -> None:
-        super().__init__(message, **told)
-        self.run = run
+    run: Run | None = None
 
 
 def follow(model: nn.Module, inputs: Inputs, *, dead: frozenset[str] = frozenset()) -> Flow:
@@ -268,13 +266,14 @@ def _run(
                 if failed is None:
                     failed, where = error, follower.stack[-1][0] if follower.stack else ""
                     stopped = follower.run
-    raise NotFollowable(
-        stopped,
+    refused = NotFollowable(
         f"the model's forward cannot be followed in {'train' if training else 'eval'} mode: {failed}",
         path=where or None,
         found=inputs.describe(),
         hint="example inputs of the size that the model is trained on" if training else None,
-    ) from failed
+    )
+    refused.run = stopped
+    raise refused from failed
 
 
 def _run_once(model: nn.Module, inputs: Inputs, follower: _Follower, tensors: dict[int, Label], hooks: bool) -> Run:

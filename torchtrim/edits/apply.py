@@ -244,7 +244,7 @@ def _committed(work: Work, originals: dict[int, nn.Module]) -> nn.Module:
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called"))
     }
     for new, old in work.came_from.items():
-        old.data, old.grad = new.data, new.grad
+        _take_over(old, new)
     own = {id(module): originals.get(id(module), module) for module in work.model.modules()}
     for module in list(work.model.modules()):
         if module in work.given:
@@ -271,6 +271,17 @@ def _committed(work: Work, originals: dict[int, nn.Module]) -> nn.Module:
         if name.startswith("_torchtrim_"):
             net.__dict__[name] = value
     return net
+
+
+def _take_over(old: nn.Parameter, new: nn.Parameter) -> None:
+    """Give a parameter the values, the shape and the gradient of another."""
+    old.grad = None
+    if old.shape != new.shape:
+        # The node that gathers its gradient remembers the old shape, and lives as long as some graph does: that of a
+        # loss the caller still holds. Autograd lets go of it only where the type of the values changes.
+        other = torch.float32 if old.dtype == torch.float16 else torch.float16
+        old.data = torch.empty(0, dtype=other, device=old.device)
+    old.data, old.grad = new.data, new.grad
 
 
 def _bring_up_to_date(target: dict[str, Any], source: dict[str, Any], deep: bool = True) -> None:
