@@ -119,7 +119,7 @@ class Results:
 
     def write(self) -> None:
         whole = self.rows["whole"]
-        rows = [("whole", "1.000", f"{whole['top1']:.1f}", "", "")]
+        rows = [("whole", "1.000", f"{whole['top1']:.1f}", *[""] * (len(METHODS) - 1))]
         for start in dict.fromkeys(
             key.rpartition(" ")[0].removesuffix(" batch") for key in self.rows if key != "whole"
         ):
