@@ -128,7 +128,7 @@ def test_wrong_usage_is_told_before_any_work(options: list[Any], says: str) -> N
     [
         (["--ratio", 1.5], "0 to 1"),
         (["--macs", -1], "above zero"),
-        (["--ratio", "layer9.*=0.5"], "no layer"),
+        (["--ratio", "layer9.*=0.5"], "fits 'layer9"),
         (["--ratio", 0.5, "--importance", "magnitud"], "'magnitude'"),
         (["--ratio", 0.5, "--scope", "everywhere"], "isomorphic"),
     ],

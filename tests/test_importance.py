@@ -12,13 +12,14 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn import functional
 
+from torchtrim.channels.asked import makers
 from torchtrim.channels.follow import follow
 from torchtrim.channels.groups import Dependencies, dependencies
-from torchtrim.errors import EditError, InputError, ModelError, SelectionError
+from torchtrim.errors import EditError, InputError, ModelError, PathError, SelectionError
 from torchtrim.graph.inputs import Inputs
 from torchtrim.importance.channels import scores, silent
 from torchtrim.importance.matrices import ChannelGroup
-from torchtrim.importance.thresholds import makers, ratios_below
+from torchtrim.importance.thresholds import ratios_below
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 3, 1, 2])
@@ -465,15 +466,11 @@ def test_thresholds_go_by_name() -> None:
     for group in units.groups:
         values[group.units] = np.linspace(0, 1, len(group.units), endpoint=False)
     assert makers(units, units.groups[0]) == ["conv1", "conv3"]
-    assert ratios_below(units, values, {"conv2": 0.5, "*": 0.25}) == {"conv1": 0.25, "conv2": 0.5, "fc1": 0.25}
-    assert ratios_below(units, values, {"conv3": 0.5}) == {
-        "conv1": 0.5,
-        "conv2": 0.0,
-        "fc1": 0.0,
-    }  # it is added to conv1
+    assert [group.name for group in units.groups] == ["conv1", "conv2", "fc1"]
+    assert ratios_below(net, units, values, {"conv2": 0.5, "*": 0.25}).tolist() == [0.25, 0.5, 0.25]
+    assert ratios_below(net, units, values, {"conv3": 0.5}).tolist() == [0.5, 0.0, 0.0]  # it is added to conv1
+    assert ratios_below(net, units, values, {nn.Linear: 0.25, "**": 0.5}).tolist() == [0.5, 0.5, 0.25]
     values[:] = np.nan
-    assert ratios_below(units, values, {"*": 0.5}) == {"conv1": 0.0, "conv2": 0.0, "fc1": 0.0}
-    with pytest.raises(SelectionError, match="conv9"):
-        ratios_below(units, values, {"conv9": 0.5})
-    with pytest.raises(SelectionError, match="a threshold is a number"):
-        ratios_below(units, values, {"conv1": True})
+    assert ratios_below(net, units, values, {"*": 0.5}).tolist() == [0.0, 0.0, 0.0]
+    with pytest.raises(PathError, match="conv9"):
+        ratios_below(net, units, values, {"conv9": 0.5})

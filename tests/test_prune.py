@@ -17,7 +17,7 @@ import torchtrim as tt
 from torchtrim.edits.apply import apply
 from torchtrim.edits.edit import Edit, from_json, to_json
 from torchtrim.edits.prune import PruneChannels
-from torchtrim.errors import EditError, InputError, SelectionError, TorchTrimWarning
+from torchtrim.errors import EditError, InputError, PathError, TorchTrimWarning
 
 
 def unlike_new(net: nn.Module) -> nn.Module:
@@ -385,7 +385,7 @@ def test_what_is_asked_for_wrongly() -> None:
         tt.prune_channels(net, X, 1.0)
     with pytest.raises(EditError, match="round_to"):
         tt.prune_channels(net, X, 0.5, round_to=0)
-    with pytest.raises(SelectionError, match="no layer whose channels can go") as caught:
+    with pytest.raises(PathError, match="no module of this name") as caught:
         tt.prune_channels(net, X, {"ones": 0.5})
     assert "'one'" in str(caught.value)
     with pytest.raises(EditError, match="output has its width"):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import torchtrim as tt
-from torchtrim.errors import EditError
+from torchtrim.errors import EditError, PathError, SelectionError
 
 X = torch.zeros(2, 3, 8, 8)
 
@@ -50,3 +54,109 @@ def test_an_error_of_following_can_be_copied() -> None:
         tt.prune_channels(net_of(), torch.zeros(2, 5, 8, 8), 0.5)
     for error in (copy.copy(caught.value), pickle.loads(pickle.dumps(caught.value))):
         assert type(error) is type(caught.value) and str(error) == str(caught.value)
+
+
+class Stages(nn.Module):
+    """Two stages and a head whose weight is used without a call of its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Linear(3, 32), nn.ReLU(), nn.Linear(32, 32))
+        self.two = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
+        self.last = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.one(x.mean((2, 3))))
+        for layer in self.two:
+            x = torch.relu(nn.functional.linear(x, layer.weight, layer.bias))
+        found: torch.Tensor = self.last(x)
+        return found
+
+
+def widths(net: nn.Module) -> list[int]:
+    return [len(held) for name, held in net.named_parameters() if name.endswith("weight") and held.dim() > 1][:-1]
+
+
+@pytest.mark.parametrize(
+    ("what", "found"),
+    [
+        ("one", [16, 16, 32, 32]),
+        ("one.*", [16, 16, 32, 32]),
+        ("**", [16, 16, 16, 16]),
+        (nn.ModuleList, [32, 32, 16, 16]),
+        ((nn.ModuleList, "one.0"), [16, 32, 16, 16]),
+        (lambda path, module: path.endswith(".0"), [16, 32, 16, 32]),
+    ],
+)
+def test_layers_are_selected_as_everywhere(what: Any, found: list[int]) -> None:
+    by_ratio = tt.prune_channels(Stages(), X, {what: 0.5})
+    assert widths(by_ratio) == found
+    assert widths(tt.prune_channels(Stages(), X, thresholds={what: 1e9}, max_ratio=0.5)) == found
+    rest = tt.prune_channels(Stages(), X, 0.5, protect=what)
+    assert widths(rest) == [48 - width for width in found]
+    again = tt.Edit.from_dict(tt.history(by_ratio).edits[0].to_dict())
+    assert widths(tt.apply(Stages(), X, again)) == found
+    assert widths(tt.apply(Stages(), X, replace(again, pruned=None))) == found  # it says what was asked, too
+
+
+def test_the_first_that_fits_counts() -> None:
+    assert widths(tt.prune_channels(Stages(), X, {"one.0": 0.25, "one": 0.5, nn.Linear: 0.75})) == [24, 16, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "told"),
+    [
+        ({"ratio": 0.5, "protect": "one.4"}, PathError, "one.0"),
+        ({"ratio": 0.5, "protect": ["one", "z*"]}, SelectionError, r"'z\*'"),
+        ({"ratio": 0.5, "protect": nn.Conv1d}, SelectionError, "type Conv1d"),
+        ({"ratio": 0.5, "protect": None}, SelectionError, "this selects nothing"),
+        ({"ratio": 0.5, "protect": [3]}, SelectionError, "this selects nothing"),
+        ({"ratio": 0.5, "protect": lambda module: True}, SelectionError, "a path and a module"),
+        ({"ratio": {"ones": 0.5}}, PathError, "'one'"),
+        ({"ratio": {"o?s*": 0.5}}, SelectionError, "fits 'o"),
+        ({"ratio": {nn.ReLU: 0.5}}, SelectionError, "type ReLU: no layer whose channels can go"),
+        ({"ratio": {"last": 0.5}}, EditError, "output has its width"),
+        ({"ratio": {0: 0.5}}, SelectionError, "this selects nothing"),
+        ({"ratio": {"one": None}}, EditError, "fraction"),
+        ({"ratio": {"one": "a"}}, EditError, "fraction"),
+        ({"ratio": "0.5"}, EditError, "fraction"),
+        ({"ratio": [0.5]}, EditError, "fraction"),
+        ({"ratio": float("nan")}, EditError, "fraction"),
+        ({"ratio": 0.5, "max_ratio": "a"}, EditError, "max_ratio"),
+        ({"ratio": 0.5, "max_ratio": None}, EditError, "max_ratio"),
+        ({"ratio": 0.5, "round_to": None}, EditError, "round_to: .*whole number"),
+        ({"ratio": 0.5, "round_to": 2.5}, EditError, "round_to: .*whole number"),
+        ({"ratio": 0.5, "round_to": True}, EditError, "round_to: .*whole number"),
+        ({"ratio": 0.5, "min_channels": {"one": 4}}, EditError, "min_channels: .*whole number"),
+        ({"ratio": 0.5, "reconstruct": "foo", "data": [X]}, EditError, "reconstruct: yes or no"),
+        ({"ratio": 0.5, "reconstruct": 5, "data": [X]}, EditError, "reconstruct: yes or no"),
+        ({"thresholds": 0.5}, EditError, "scores by layer"),
+        ({"thresholds": {0: 0.5}}, SelectionError, "this selects nothing"),
+        ({"thresholds": {"one": float("inf")}}, EditError, "a threshold is a number"),
+        ({"thresholds": {"one": "a"}}, EditError, "a threshold is a number"),
+        ({"budget": 0.5}, EditError, "tt.Budget"),
+        ({"budget": {"mac": 0.5}}, EditError, "'macs'"),
+        ({"budget": {"macs": "0.5"}}, EditError, "a limit is a number"),
+    ],
+)
+def test_what_is_refused_in_words(settings: dict[str, Any], error: type[Exception], told: str) -> None:
+    net = Stages()
+    with pytest.raises(error, match=told):
+        tt.prune_channels(net, X, **settings)
+    assert widths(net) == [32] * 4
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5), np.array(0.5)])
+def test_numbers_of_numpy_and_torch(number: Any, tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [{"ratio": number}, {"ratio": {"0": number}}, {"thresholds": {"0": number}}]
+    for each in settings:
+        net = tt.prune_channels(net_of(), X, check=False, **each)
+        tt.save(net, tmp_path / "net.trim", overwrite=True)
+        assert tt.history(tt.load(tmp_path / "net.trim", model=net_of())).edits == tt.history(net).edits
+    assert tt.Budget(macs=number) == tt.Budget(macs=0.5) and type(tt.Budget(macs=number).macs) is float
+    assert tt.Budget(params=np.int64(1000)).params == 1000
+
+
+def test_a_budget_by_the_names_of_its_limits() -> None:
+    net = tt.prune_channels(net_of(32), X, budget={"macs": 0.5})
+    assert tt.history(net).edits[0].budget == tt.Budget(macs=0.5)

@@ -124,3 +124,19 @@ def test_layers_by_name_and_the_shape_of_the_schedule() -> None:
     assert tt.GradualPruning(net, X, 0.5, 4).share(1) == pytest.approx(1 - 0.75**3)
     with pytest.raises(tt.EditError, match="number of steps"):
         tt.GradualPruning(net, X, 0.5, 0)
+
+
+def test_steps_take_selections_and_rank_only_what_was_asked_for() -> None:
+    net = Net()
+    stem, wide = net.stem.out_channels, net.wide.out_channels
+    pruning = tt.GradualPruning(net, X, {"wide": 0.5}, 2, scope="global", check=False)
+    while pruning.step():
+        pass
+    assert (net.stem.out_channels, net.wide.out_channels) == (stem, wide // 2)
+    net = Net()
+    pruning = tt.GradualPruning(net, X, {nn.Conv2d: 0.5}, 2, protect=lambda path, module: path == "wide", check=False)
+    while pruning.step():
+        pass
+    assert (net.stem.out_channels, net.wide.out_channels) == (stem // 2, wide)
+    with pytest.raises(tt.PathError, match="wide"):
+        tt.GradualPruning(net, X, {"wider": 0.5}, 2)

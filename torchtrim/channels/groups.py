@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import numpy as np
 from torch import nn
@@ -14,6 +13,7 @@ from torchtrim.channels.labels import FIXED, Label, Layer, Mask
 from torchtrim.channels.roles import roles
 from torchtrim.channels.run import Flow
 from torchtrim.channels.units import Implied, IntArray, Units, all_layers, units_of
+from torchtrim.graph.paths import What, covered
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ class Dependencies:
         return self.implied.closed(np.append(units, False)[self.unit_of])
 
 
-def dependencies(model: nn.Module, flow: Flow, *, protect: Collection[str] = ()) -> Dependencies:
+def dependencies(model: nn.Module, flow: Flow, *, protect: What | Iterable[What] = ()) -> Dependencies:
     """Work out which channels of a model go together, from its followed channels alone.
 
     What reaches the model's outputs stays. So does what is read by its number, or runs together with a width that is
@@ -104,7 +104,11 @@ def dependencies(model: nn.Module, flow: Flow, *, protect: Collection[str] = ())
     Args:
         model: The model that was followed.
         flow: Its channels.
-        protect: Paths or globs of modules whose output is to stay as wide as it is.
+        protect: Modules that are to stay as wide as they are, with all in them: paths, globs, types or predicates.
+
+    Raises:
+        PathError: `protect` names a path that does not exist.
+        SelectionError: `protect` fits no module.
     """
     tensors = list(_tensors(model, flow))
     role = roles(flow)
@@ -112,7 +116,7 @@ def dependencies(model: nn.Module, flow: Flow, *, protect: Collection[str] = ())
     chosen = np.zeros(flow.channels.count, dtype=bool)
     for _, each, layer in layers:
         chosen[layer] |= each != "holds"
-    units = units_of(flow, chosen, _protected(flow, protect))
+    units = units_of(flow, chosen, _protected(model, flow, protect, layers))
     unit_of = _numbered(units, chosen & _made_by_parameters(model, flow, layers, units))
     owners = {path: owner for path, owner, _, _ in tensors}
     uneven: dict[str, str] = {}
@@ -143,13 +147,21 @@ def _tensors(model: nn.Module, flow: Flow) -> Iterator[tuple[str, nn.Module, Lab
                 yield f"{path}.{name}" if path else name, owner, label, layer
 
 
-def _protected(flow: Flow, protect: Collection[str]) -> Iterator[tuple[Layer, str]]:
+def _protected(
+    model: nn.Module, flow: Flow, protect: What | Iterable[What], layers: list[tuple[str, str, Layer]]
+) -> Iterator[tuple[Layer, str]]:
+    """What some modules return, and what their own weights write and hold: they may be used without a call."""
+    paths = set(covered(model, protect))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    own = {id(held) for name, held in named.items() if name.rpartition(".")[0] in paths}
+    for path, role, layer in layers:
+        if role != "reads" and id(named.get(path)) in own:
+            yield layer, "it is protected"
     for run in flow.runs:
-        for path, calls in run.calls.items():
-            if any(path == each or fnmatchcase(path, each) for each in protect):
-                for call in calls:
-                    for _, label in call.outputs:
-                        yield from ((layer, "it is protected") for layer in label.layers)
+        for path in paths & run.calls.keys():
+            for call in run.calls[path]:
+                for _, label in call.outputs:
+                    yield from ((layer, "it is protected") for layer in label.layers)
 
 
 def _made_by_parameters(model: nn.Module, flow: Flow, layers: list[tuple[str, str, Layer]], units: Units) -> Mask:

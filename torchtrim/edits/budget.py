@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torchtrim.errors import EditError
+import numpy as np
+import torch
+
+from torchtrim.errors import EditError, nearest
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,42 @@ class Budget:
     def __post_init__(self) -> None:
         given = self.to_dict()
         for name, limit in given.items():
-            if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
-                raise EditError("a limit is a number above zero", path=f"budget.{name}", found=limit)
+            plain = plain_number(limit)
+            if plain is None or not 0 < plain < math.inf:
+                raise EditError("a limit is a number above zero", path=f"budget.{name}", found=repr(limit))
+            object.__setattr__(self, name, plain)
         if not given:
             raise EditError(
                 "a budget without a limit", path="budget", expected=" or ".join(each.name for each in fields(self))
             )
+
+    @staticmethod
+    def of(given: Any) -> Budget:
+        """A budget, or one by the names of its limits.
+
+        Raises:
+            EditError: It is neither.
+
+        Example:
+            >>> Budget.of({"macs": 0.5}) == Budget.of(Budget(macs=0.5))
+            True
+        """
+        if isinstance(given, Budget):
+            return given
+        names = [each.name for each in fields(Budget)]
+        if not isinstance(given, Mapping):
+            raise EditError(
+                "not a budget", path="budget", found=repr(given), expected="a Budget", hint="tt.Budget(macs=0.5)"
+            )
+        for name in given:
+            if name not in names:
+                raise EditError(
+                    "no such limit",
+                    path=f"budget.{name}",
+                    expected=", ".join(names),
+                    hint=nearest(name, names) if isinstance(name, str) else None,
+                )
+        return Budget(**given)
 
     @property
     def computed(self) -> dict[str, float]:
@@ -69,6 +102,18 @@ class Budget:
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={_plain(limit)}" for name, limit in self.to_dict().items())
+
+
+def plain_number(given: object) -> int | float | None:
+    """A number of Python, numpy or torch as one of Python, which a record can hold; `None` if it is none.
+
+    Example:
+        >>> plain_number(torch.tensor(0.5)), plain_number(np.int64(3)), plain_number("3"), plain_number(True)
+        (0.5, 3, None, None)
+    """
+    if isinstance(given, (np.generic, np.ndarray, torch.Tensor)) and given.ndim == 0:
+        given = given.item()
+    return given if isinstance(given, (int, float)) and not isinstance(given, bool) else None
 
 
 _SHARES = ("macs", "params")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, get_args
 
 import numpy as np
+from torch import nn
 
 from torchtrim.channels import cost
 from torchtrim.channels.follow import follow
 from torchtrim.channels.groups import Dependencies, dependencies
 from torchtrim.channels.select import Scope
 from torchtrim.edits.attention import unwiden, widen
-from torchtrim.edits.budget import Budget
+from torchtrim.edits.budget import Budget, plain_number
 from torchtrim.edits.channel_check import check_values
 from torchtrim.edits.edit import Edit
 from torchtrim.edits.prune_choice import Choice
@@ -27,6 +29,7 @@ from torchtrim.errors import CheckFailed, EditError, GuardError, TorchTrimWarnin
 from torchtrim.graph import check as checks
 from torchtrim.graph.check import Side, variants
 from torchtrim.graph.copying import is_meta
+from torchtrim.graph.paths import What, check_selection, describe, several, spelled
 from torchtrim.importance.channels import Importance
 from torchtrim.importance.gradients import Loss
 
@@ -44,8 +47,8 @@ class PruneChannels(Edit):
         round_to: What widths are rounded to.
         min_channels: How many channels of a layer stay at least.
         max_ratio: The largest fraction of a layer that may go.
-        protect: Paths or globs of layers whose output keeps its width.
-        reconstruct: Whether the layers that read pruned channels are solved for anew on data; or how.
+        protect: Paths or globs of modules that keep their width, with all in them.
+        reconstruct: Whether the layers that read pruned channels are solved for anew on data.
         pruned: What was decided, in the record of a pruning that was done.
     """
 
@@ -59,22 +62,37 @@ class PruneChannels(Edit):
     min_channels: int = 1
     max_ratio: float = 0.9
     protect: tuple[str, ...] = ()
-    reconstruct: bool | str = False
+    reconstruct: bool = False
     pruned: Pruned | None = field(default=None, metadata={"decided": True})
 
     def __post_init__(self) -> None:
         targets = [each for each in ("ratio", "budget", "thresholds") if getattr(self, each) is not None]
         if len(targets) != 1:
             raise EditError("how many channels?", found=targets, expected="a ratio, a budget or thresholds")
-        ratios = list(self.ratio.values()) if isinstance(self.ratio, dict) else [self.ratio]
-        for ratio in (*ratios, self.max_ratio):
-            if ratio is not None and (isinstance(ratio, bool) or not 0 <= ratio < 1):
-                raise EditError("the fraction of channels that go", found=ratio, expected="0 to 1, without 1")
+        plain: dict[str, Any] = {"max_ratio": _fraction(self.max_ratio, "max_ratio")}
+        if isinstance(self.ratio, Mapping):
+            plain["ratio"] = {_key(each, "ratio"): _fraction(number, each) for each, number in self.ratio.items()}
+        elif self.ratio is not None:
+            plain["ratio"] = _fraction(self.ratio, "ratio")
+        if self.thresholds is not None:
+            if not isinstance(self.thresholds, Mapping):
+                raise EditError(
+                    "scores by layer", path="thresholds", found=repr(self.thresholds), hint='thresholds={"**": 0.5}'
+                )
+            plain["thresholds"] = {
+                _key(each, "thresholds"): _threshold(number, each) for each, number in self.thresholds.items()
+            }
+        if self.budget is not None:
+            plain["budget"] = Budget.of(self.budget)
+        plain["protect"] = tuple(_key(each, "protect") for each in several(self.protect))
+        for name in ("round_to", "min_channels"):
+            plain[name] = _count(getattr(self, name), name)
         if self.scope not in get_args(Scope):
             raise EditError("no such scope", path="scope", found=self.scope, expected=", ".join(get_args(Scope)))
-        for name in ("round_to", "min_channels"):
-            if getattr(self, name) < 1:
-                raise EditError("a number of channels", path=name, found=getattr(self, name), expected="1 or more")
+        if not isinstance(self.reconstruct, bool):
+            raise EditError("yes or no", path="reconstruct", found=repr(self.reconstruct), expected="True or False")
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     @property
     def narrowed(self) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -83,7 +101,7 @@ class PruneChannels(Edit):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The criterion and the loss as they were given, which a record does not hold."""
+        """The criterion, the loss and what was selected by types as they were given, which a record does not hold."""
         found: dict[str, Any] = self.__dict__.get("_given", {})
         return found
 
@@ -99,7 +117,8 @@ class PruneChannels(Edit):
             return self._again(work, self.pruned)
         widen(work)
         flow = follow(work.model, work.inputs)
-        found = dependencies(work.model, flow, protect=self.protect)
+        protect = spelled(work.before, self.given.get("protect", self.protect))
+        found = dependencies(work.model, flow, protect=protect)
         choice = Choice.of(self, work, found)
         decision = decide(work, found, choice)
         changes, attributes = take_out(work, flow, decision.gone)
@@ -123,7 +142,12 @@ class PruneChannels(Edit):
             work.checked += check_values(work, flow, decision.gone)
         if self.reconstruct and not work.planning:
             pruned = self._reconstructed(work, pruned)
-        return replace(self, pruned=pruned)
+        by_layer: dict[str, Any] = {
+            name: _by_paths(work.before, self.given[name])
+            for name in ("ratio", "thresholds")
+            if isinstance(self.given.get(name), Mapping)
+        }
+        return replace(self, protect=protect, pruned=pruned, **by_layer)
 
     def _reconstructed(self, work: Work, pruned: Pruned) -> Pruned:
         """Solve the layers that read pruned channels anew."""
@@ -150,42 +174,94 @@ class PruneChannels(Edit):
 
 
 def request(
-    ratio: float | Mapping[str, float] | None = None,
+    ratio: float | Mapping[Any, float] | None = None,
     *,
     importance: Importance = "magnitude",
     scope: Scope = "uniform",
-    budget: Budget | None = None,
-    thresholds: Mapping[str, float] | None = None,
+    budget: Budget | Mapping[str, float] | None = None,
+    thresholds: Mapping[Any, float] | None = None,
     loss: Loss | None = None,
     round_to: int = 8,
     min_channels: int = 1,
     max_ratio: float = 0.9,
-    protect: str | Collection[str] = (),
-    reconstruct: bool | str = False,
+    protect: What | Iterable[What] = (),
+    reconstruct: bool = False,
 ) -> PruneChannels:
     """The record of what `prune_channels` is asked for.
 
     Raises:
         EditError: It does not say how many channels are to go, or a value is none.
+        SelectionError: What is to be protected is no selection.
     """
+    protected = several(protect)
     edit = PruneChannels(
-        ratio=dict(ratio) if isinstance(ratio, Mapping) else ratio,
+        ratio=_by_name(ratio),
         importance=importance if isinstance(importance, str) else _name(importance),
         scope=scope,
-        budget=budget,
-        thresholds=None if thresholds is None else dict(thresholds),
+        budget=None if budget is None else Budget.of(budget),
+        thresholds=_by_name(thresholds),
         round_to=round_to,
         min_channels=min_channels,
         max_ratio=max_ratio,
-        protect=(protect,) if isinstance(protect, str) else tuple(protect),
+        protect=tuple(_in_words(each) for each in protected),
         reconstruct=reconstruct,
     )
-    edit.__dict__["_given"] = {"importance": importance, "loss": loss}
+    given: dict[str, Any] = {"importance": importance, "loss": loss, "protect": protected}
+    if isinstance(ratio, Mapping):
+        given["ratio"] = {each: _fraction(number, _in_words(each)) for each, number in ratio.items()}
+    if thresholds is not None:
+        given["thresholds"] = {each: _threshold(number, _in_words(each)) for each, number in thresholds.items()}
+    edit.__dict__["_given"] = given
     return edit
 
 
 def _name(importance: Any) -> str:
     return str(getattr(importance, "__name__", type(importance).__name__))
+
+
+def _by_name(given: Any) -> Any:
+    return {_in_words(each): number for each, number in given.items()} if isinstance(given, Mapping) else given
+
+
+def _in_words(selection: Any) -> str:
+    check_selection(selection)
+    return selection if isinstance(selection, str) else describe(selection)
+
+
+def _by_paths(model: nn.Module, asked: Mapping[Any, float]) -> dict[str, float]:
+    """What is asked by selection, by path and glob; what comes first counts."""
+    found: dict[str, float] = {}
+    for selection, number in asked.items():
+        for path in spelled(model, selection):
+            found.setdefault(path, number)
+    return found
+
+
+def _key(given: object, name: str) -> str:
+    if not isinstance(given, str):
+        raise EditError("a record names layers by paths and globs", path=name, found=repr(given))
+    return given
+
+
+def _fraction(given: object, path: str) -> float:
+    number = plain_number(given)
+    if number is None or not 0 <= number < 1:
+        raise EditError("the fraction of channels that go", path=path, found=repr(given), expected="0 to 1, without 1")
+    return number
+
+
+def _threshold(given: object, path: str) -> float:
+    number = plain_number(given)
+    if number is None or not math.isfinite(number):
+        raise EditError("a threshold is a number", path=path, found=repr(given))
+    return number
+
+
+def _count(given: object, path: str) -> int:
+    number = plain_number(given)
+    if not isinstance(number, int) or number < 1:
+        raise EditError("a number of channels", path=path, found=repr(given), expected="a whole number, 1 or more")
+    return number
 
 
 def _told(

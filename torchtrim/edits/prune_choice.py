@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchtrim.channels.asked import asked_of
 from torchtrim.channels.groups import Dependencies
 from torchtrim.channels.labels import Mask
 from torchtrim.channels.select import FloatArray, select
 from torchtrim.edits.prune_budget import Within, units_within
 from torchtrim.edits.work import Work
-from torchtrim.errors import EditError, InputError, SelectionError, nearest
+from torchtrim.errors import EditError, InputError
 from torchtrim.importance.channels import Importance, scores, silent
-from torchtrim.importance.thresholds import makers, ratios_below
+from torchtrim.importance.thresholds import ratios_below
 
 if TYPE_CHECKING:
     from torchtrim.edits.prune import PruneChannels
@@ -97,29 +97,11 @@ class Choice:
         return select(self.found, self.scores, ratios, scope, max_ratio=asked.max_ratio, **sizes)
 
     def _ratios(self) -> FloatArray:
-        groups = self.found.groups
-        if self.asked.thresholds is not None:
-            shares = ratios_below(self.found, self.scores, self.asked.thresholds)
-            return np.array([shares.get(group.name, 0.0) for group in groups])
-        asked: Any = self.asked.ratio
-        if not isinstance(asked, Mapping):
-            return np.full(len(groups), float(asked))
-        written = [makers(self.found, group) for group in groups]
-        for pattern in asked:
-            if not any(_fits(pattern, paths) for paths in written):
-                self._refuse(pattern, [path for paths in written for path in paths])
-        return np.array([next((asked[each] for each in asked if _fits(each, paths)), 0.0) for paths in written])
-
-    def _refuse(self, pattern: str, paths: list[str]) -> None:
-        reasons = [why for path, why in self.found.left_alone.items() if _fits(pattern, [path])]
-        if reasons:
-            raise EditError(f"its channels cannot go: {reasons[0]}", path=pattern)
-        raise SelectionError(
-            "no layer whose channels can go fits",
-            path=pattern,
-            hint=nearest(pattern, paths) or "a path that tt.plan lists",
-        )
-
-
-def _fits(pattern: str, paths: list[str]) -> bool:
-    return any(path == pattern or fnmatchcase(path, pattern) for path in paths)
+        asked, model = self.asked, self.work.before
+        thresholds = asked.given.get("thresholds", asked.thresholds)
+        if thresholds is not None:
+            return ratios_below(model, self.found, self.scores, thresholds)
+        ratio: Any = asked.given.get("ratio", asked.ratio)
+        if not isinstance(ratio, Mapping):
+            return np.full(len(self.found.groups), float(ratio))
+        return np.array([each or 0.0 for each in asked_of(model, self.found, ratio)])

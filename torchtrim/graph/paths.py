@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import UnionType
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from torch import nn
 
@@ -94,6 +94,54 @@ def select(model: nn.Module, what: What, *, example_inputs: ExampleInputs | None
         ['0', '1']
     """
     return find(model, what, example_inputs=example_inputs)
+
+
+def covered(model: nn.Module, what: What | Iterable[What]) -> list[str]:
+    """The modules that a selection names, and all within them, each by its first name; in the order of registration.
+
+    Of a list each item has to fit something, so that a slip in one is not hidden by the others. An empty list is none.
+
+    Raises:
+        PathError: An exact path does not exist.
+        SelectionError: An item fits nothing, or is no selection.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.ReLU())
+        >>> covered(net, "1"), covered(net, [nn.Linear]), covered(net, [])
+        (['1', '1.0', '1.1'], ['0', '1.0'], [])
+    """
+    model = unwrap(model)
+    inner = {
+        module for item in several(what) for path in find(model, item) for module in resolve(model, path).modules()
+    }
+    return [path for path, module in model.named_modules() if module in inner]
+
+
+def spelled(model: nn.Module, what: What | Iterable[What]) -> tuple[str, ...]:
+    """A selection as strings, for records: paths and globs as they are, the paths of what a type or predicate fits.
+
+    Raises:
+        SelectionError: A type or predicate fits nothing, or an item is no selection.
+
+    Example:
+        >>> spelled(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["1*", nn.Linear])
+        ('1*', '0')
+    """
+    items = several(what)
+    paths = (path for item in items for path in ([item] if isinstance(item, str) else find(model, item)))
+    return tuple(dict.fromkeys(paths))
+
+
+def several(what: What | Iterable[What]) -> tuple[What, ...]:
+    """A selection, or a list of them, as a list.
+
+    Example:
+        >>> several("layer3.*"), several(["fc", nn.ReLU])
+        (('layer3.*',), ('fc', <class 'torch.nn.modules.activation.ReLU'>))
+    """
+    if isinstance(what, Iterable) and not isinstance(what, (str, type, nn.Module, Mapping)):
+        return tuple(cast("Iterable[What]", what))
+    return (cast("What", what),)
 
 
 def resolve(model: nn.Module, path: str) -> nn.Module:
@@ -235,6 +283,16 @@ def _is(item: object, path: str, module: nn.Module) -> bool:
     if isinstance(item, type):
         return isinstance(module, item)
     return callable(item) and bool(item(path, module))
+
+
+def check_selection(item: object) -> None:
+    """Refuse what is no path, glob, type, predicate, or list of these.
+
+    Raises:
+        SelectionError: It is none.
+    """
+    for each in item if isinstance(item, Sequence) and not isinstance(item, str) else [item]:
+        _check_item(each)
 
 
 def _check_item(item: object) -> None:

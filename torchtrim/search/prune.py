@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ from torchtrim.edits.prune import PruneChannels, request
 from torchtrim.errors import EditError
 from torchtrim.graph.copying import unwrap
 from torchtrim.graph.inputs import ExampleInputs, Inputs
+from torchtrim.graph.paths import What
 from torchtrim.graph.reader import inputs_for
 from torchtrim.importance.channels import Importance
 from torchtrim.importance.gradients import Loss
@@ -26,19 +27,19 @@ from torchtrim.search.prune_latency import pruned_to_latency
 def prune_channels(
     model: nn.Module,
     example_inputs: ExampleInputs | None = None,
-    ratio: float | Mapping[str, float] | None = None,
+    ratio: float | Mapping[Any, float] | None = None,
     *,
     importance: Importance = "magnitude",
     scope: Scope = "uniform",
-    budget: Budget | None = None,
-    thresholds: Mapping[str, float] | None = None,
+    budget: Budget | Mapping[str, float] | None = None,
+    thresholds: Mapping[Any, float] | None = None,
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     round_to: int = 8,
     min_channels: int = 1,
     max_ratio: float = 0.9,
-    protect: str | Collection[str] = (),
-    reconstruct: bool | str = False,
+    protect: What | Iterable[What] = (),
+    reconstruct: bool = False,
     copy: bool = True,
     check: bool = True,
 ) -> nn.Module:
@@ -51,24 +52,26 @@ def prune_channels(
     Args:
         model: Any `nn.Module`. It is left as it was.
         example_inputs: As for `cut`.
-        ratio: The fraction of the channels of each layer that go; or a dict of fractions by path or glob, of which for
-            each layer the first that fits counts (layers that none fits keep their width).
+        ratio: The fraction of the channels of each layer that go; or a dict of fractions by path, glob, type, predicate
+            or tuple of these, of which for each layer the first counts that fits it or a module it is in (layers that
+            none fits keep their width).
         importance: What channels are ranked by, the least important going first: `"magnitude"`, `"l1"`, `"bn_scale"`,
             `"lamp"`, `"fpgm"`, `"taylor"`, `"hessian"`, `"apoz"`, `"activation"`, `"reconstruction"`, `"random"`; a
             criterion of torch-pruning; or a function that is given a `ChannelGroup` and returns scores.
         scope: `"uniform"`: each layer loses its fraction. `"global"`: all layers are ranked together. `"isomorphic"`:
             those of the same structure are (Fang et al., *Isomorphic Pruning for Vision Models*, ECCV 2024).
-        budget: Limits to stay within, in place of a ratio: no more channels go than have to. A latency is that of the
-            ONNX file in ONNX Runtime, measured on this machine at the batch size of the example inputs with PyTorch's
-            present number of threads; candidates are exported and measured beside the original, which takes a while.
-        thresholds: Scores by path or glob, in place of a ratio: channels of a layer that score less go.
+        budget: Limits to stay within (or a dict of them), in place of a ratio: no more channels go than have to. A
+            latency is that of the ONNX file in ONNX Runtime, measured on this machine at the batch size of the example
+            inputs with PyTorch's present number of threads; candidates are exported and measured beside the original,
+            which takes a while.
+        thresholds: Scores by layer as for `ratio`, in place of it: channels of a layer that score less go.
         data: Batches for criteria that look at activations or gradients, and for reconstruction.
         loss: For criteria of gradients: `loss(output, target)`.
         round_to: Widths are rounded to multiples of this, where a layer is twice as wide; in narrower ones to half of
             it, and so on. 1 for no rounding.
         min_channels: How many channels of a layer stay at least.
         max_ratio: The largest fraction of a layer that may go.
-        protect: Paths or globs of layers whose output keeps its width.
+        protect: Modules that keep their width, with all in them: paths, globs, types, predicates, or a list of these.
         reconstruct: Solve the layers that read pruned channels anew on `data`, by least squares.
         copy: As for `cut`; without it, parameters that lose channels stay the same objects too, and `sync_optimizer`
             brings an optimizer up to date.
@@ -81,7 +84,8 @@ def prune_channels(
 
     Raises:
         EditError: Nothing says how many channels are to go, or the model cannot be followed.
-        SelectionError: A path or glob that no layer fits.
+        PathError: A path that does not exist.
+        SelectionError: A glob, type or predicate that no layer fits.
         InputError: A criterion needs data, and there is none.
         CheckFailed: The result does not compute what it should.
         ExportError: A latency is asked for, and the model cannot be exported.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from torchtrim.channels import cost
+from torchtrim.channels.asked import asked_of
 from torchtrim.channels.follow import follow
 from torchtrim.channels.groups import dependencies
 from torchtrim.edits.apply import run
@@ -66,10 +66,10 @@ class GradualPruning:
         self,
         model: nn.Module,
         example_inputs: ExampleInputs | None = None,
-        ratio: float | Mapping[str, float] | None = None,
+        ratio: float | Mapping[Any, float] | None = None,
         steps: int = 10,
         *,
-        budget: Budget | None = None,
+        budget: Budget | Mapping[str, float] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         schedule: Schedule = "cubic",
         check: bool = True,
@@ -82,18 +82,20 @@ class GradualPruning:
             raise EditError("no such schedule", path="schedule", found=schedule, expected="cubic or linear")
         if "thresholds" in settings:
             raise EditError("steps lead to a ratio or a budget", path="thresholds", hint="tt.prune_channels")
-        request(ratio, budget=budget, **settings)  # whether it can be asked for
+        budget = request(ratio, budget=budget, **settings).budget  # whether it can be asked for
         if budget is not None and (budget.macs is None) == (budget.params is None):
             raise EditError("a budget of MACs or of parameters, one of them", path="budget", found=str(budget))
         self.model = model
         self.taken = 0
         self._inputs = inputs_for(model, example_inputs)
-        self._ratio, self._budget, self._steps = ratio, budget, steps
+        self._budget, self._steps = budget, steps
         self._optimizer, self._schedule, self._check, self._data = optimizer, schedule, check, data
         self._settings = settings
         flow = follow(model, self._inputs)
-        found = dependencies(model, flow, protect=_protected(settings))
+        found = dependencies(model, flow, protect=settings.get("protect", ()))
         self._widths = {group.name: group.width for group in found.groups}
+        shares = asked_of(model, found, ratio) if isinstance(ratio, Mapping) else [ratio] * len(found.groups)
+        self._final = {group.name: float(share or 0) for group, share in zip(found.groups, shares, strict=True)}
         none = found.gone(torch.zeros(found.count, dtype=torch.bool).numpy())
         self._whole = cost.macs(flow, none) if budget is None or budget.macs else cost.params(model, flow, none)
 
@@ -134,22 +136,14 @@ class GradualPruning:
         at_least = 2.0  # up to 1 a budget is a share, and one of the model as it is now
         return Budget(**{name: max(self._whole - share * (self._whole - final), at_least)})
 
-    def _ratio_at(self, share: float) -> float | dict[str, float]:
+    def _ratio_at(self, share: float) -> dict[str, float]:
         """The fractions of the present widths that bring each layer to where it has to be; one where all are ranked."""
-        now = self._present()
+        now = {name: width for name, width in self._present().items() if self._final.get(name)}
+        wanted = {name: self._widths[name] * (1 - share * self._final[name]) for name in now}
         if self._settings.get("scope", "uniform") != "uniform":
-            before, after = sum(self._widths.values()), sum(now.values())
-            return max(0.0, 1 - before * (1 - share * self._final("")) / max(after, 1))
-        found = {}
-        for name, width in now.items():
-            wanted = self._widths.get(name, width) * (1 - share * self._final(name))
-            found[name] = min(max(0.0, 1 - wanted / width), 0.999)
-        return found
-
-    def _final(self, name: str) -> float:
-        if not isinstance(self._ratio, Mapping):
-            return float(self._ratio or 0.0)
-        return next((each for glob, each in self._ratio.items() if name == glob or fnmatchcase(name, glob)), 0.0)
+            left = sum(wanted.values()) / max(sum(now.values()), 1)
+            wanted = {name: left * width for name, width in now.items()}
+        return {name: min(1 - wanted[name] / width, 0.999) for name, width in now.items() if wanted[name] < width}
 
     def _present(self) -> dict[str, int]:
         """The widths of the groups as they are now."""
@@ -158,8 +152,3 @@ class GradualPruning:
         if last is None:
             return dict(self._widths)
         return {group.name: group.after for group in last.groups}
-
-
-def _protected(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    protect = settings.get("protect", ())
-    return (protect,) if isinstance(protect, str) else tuple(protect)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from torchtrim.channels.groups import dependencies
 from torchtrim.errors import EditError
 from torchtrim.graph.copying import unwrap
 from torchtrim.graph.inputs import ExampleInputs
+from torchtrim.graph.paths import What, spelled
 from torchtrim.graph.reader import inputs_for
 
 Kind = Literal["group_lasso", "bn_scale"]
@@ -40,7 +42,7 @@ class SparsityPenalty:
         kind: `"group_lasso"` or `"bn_scale"`.
         strength: What the sum is multiplied by. It grows with the model; 1e-5 to 1e-3 are usual for `"bn_scale"`, and
             a hundredth of that for `"group_lasso"`.
-        protect: Paths or globs of layers whose channels are left out.
+        protect: Modules whose channels are left out, with all in them: paths, globs, types, predicates.
 
     Raises:
         EditError: No such kind, or nothing in the model that it applies to.
@@ -61,7 +63,7 @@ class SparsityPenalty:
         kind: Kind = "group_lasso",
         *,
         strength: float = 1e-5,
-        protect: str | tuple[str, ...] | list[str] = (),
+        protect: What | Iterable[What] = (),
     ) -> None:
         if kind not in _KINDS:
             raise EditError("no such kind of penalty", path="kind", found=kind, expected=" or ".join(_KINDS))
@@ -71,7 +73,7 @@ class SparsityPenalty:
         self.kind = kind
         self.strength = strength
         self._inputs = inputs_for(self.model, example_inputs)
-        self._protect = (protect,) if isinstance(protect, str) else tuple(protect)
+        self._protect = spelled(self.model, protect)
         self._read()
 
     def __call__(self) -> torch.Tensor:
