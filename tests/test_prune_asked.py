@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch_pruning as tp
 from torch import nn
 
 import torchtrim as tt
-from torchtrim.errors import EditError, PathError, SelectionError
+from torchtrim.errors import EditError, InputError, PathError, SelectionError, TorchTrimError, TorchTrimWarning
 
 X = torch.zeros(2, 3, 8, 8)
 
@@ -160,3 +161,81 @@ def test_numbers_of_numpy_and_torch(number: Any, tmp_path: Path) -> None:
 def test_a_budget_by_the_names_of_its_limits() -> None:
     net = tt.prune_channels(net_of(32), X, budget={"macs": 0.5})
     assert tt.history(net).edits[0].budget == tt.Budget(macs=0.5)
+
+
+LABELS = torch.zeros(4, dtype=torch.long)
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("importance", ["taylor", "hessian", "apoz", "activation", "reconstruction"])
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ([(IMAGES * torch.nan, LABELS)], "not finite"),
+        ([(IMAGES, LABELS), (IMAGES / 0, LABELS)], "not finite"),
+        ([(IMAGES, LABELS), (IMAGES[:0], LABELS[:0])], r"data\[1\]: a batch without samples"),
+        ([], "no batches"),
+        ((IMAGES, LABELS), r"data=\[\(inputs, targets\)\]"),
+        ([(IMAGES.numpy(), LABELS.numpy())], r"data\[0\]: a batch holds nothing"),
+        ([None], r"data\[0\]: a batch holds nothing"),
+        ("abc", r"data\[0\]: a batch holds nothing"),
+        (3, "iterable of batches"),
+    ],
+)
+def test_data_that_ranks_nothing_is_refused(importance: str, data: Any, told: str) -> None:
+    with pytest.raises(TorchTrimError, match=told):
+        tt.prune_channels(net_of(), X, 0.5, importance=importance, data=data, check=False)
+
+
+def test_three_items_of_a_batch() -> None:
+    batch = (IMAGES, LABELS, LABELS)
+    with pytest.raises(InputError, match="which of these are the labels"):
+        tt.prune_channels(net_of(), X, 0.5, importance="taylor", data=[batch])
+    net = tt.prune_channels(
+        *(net_of(), X, 0.5),
+        importance="taylor",
+        data=[batch],
+        loss=lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[2]),
+    )
+    assert net[0].out_channels == 8
+
+
+@pytest.mark.parametrize(
+    ("importance", "told"),
+    [
+        (lambda group: 1 / 0, "^0: the criterion '<lambda>' raised ZeroDivisionError"),
+        (lambda group, other: 0, "^0: the criterion '<lambda>' raised TypeError"),
+        (lambda group: None, "returned None"),
+        (lambda group: torch.zeros(group.units, dtype=torch.complex64), "complex"),
+        (lambda group: torch.full((group.units,), torch.nan), "finite number"),
+        (tp.importance.MagnitudeImportance, r"a class .*MagnitudeImportance\(\)"),
+        (None, "no such importance"),
+    ],
+)
+def test_a_criterion_that_is_none(importance: Any, told: str) -> None:
+    with pytest.raises(EditError, match=told):
+        tt.prune_channels(net_of(), X, 0.5, importance=importance)
+
+
+def test_a_function_may_have_nothing_to_say_of_some() -> None:
+    net = tt.prune_channels(net_of(), X, 0.5, importance=lambda group: range(16) if group.name == "0" else None)
+    assert (net[0].out_channels, net[3].out_channels) == (8, 32)
+
+
+def test_example_inputs_without_a_sample() -> None:
+    with pytest.raises(InputError, match="no sample"):
+        tt.prune_channels(net_of(), X[:0], 0.5)
+
+
+def test_why_a_budget_is_missed() -> None:
+    def told(**settings: Any) -> str:
+        with pytest.warns(TorchTrimWarning, match="macs missed") as caught:
+            net = tt.prune_channels(net_of(), X, budget=tt.Budget(macs=1e-6), **settings)
+        message = str(caught[0].message)
+        assert message in tt.history(net).entries[0].notes
+        return message
+
+    assert "round_to=8 (without it macs " in told() and "max_ratio" not in told()
+    assert "max_ratio=0.5 (without it macs " in told(round_to=1, max_ratio=0.5)
+    assert "min_channels=12 (without it macs " in told(round_to=1, min_channels=12)
+    assert "what is left alone (layers: 2)" in told(protect="0")

@@ -25,7 +25,7 @@ from torchtrim.edits.prune_record import Pruned, PrunedGroup, lost_by, narrow_ag
 from torchtrim.edits.reconstruct import reconstruct, set_tensors
 from torchtrim.edits.truth import set_attributes
 from torchtrim.edits.work import Work
-from torchtrim.errors import CheckFailed, EditError, GuardError, TorchTrimWarning
+from torchtrim.errors import CheckFailed, EditError, GuardError, InputError, TorchTrimWarning
 from torchtrim.graph import check as checks
 from torchtrim.graph.check import Side, variants
 from torchtrim.graph.copying import is_meta
@@ -115,6 +115,8 @@ class PruneChannels(Edit):
         """Prune `work.model`; returns the record with what was decided."""
         if self.pruned is not None:
             return self._again(work, self.pruned)
+        if not work.inputs.batch:
+            raise InputError("the example inputs hold no sample", found=work.inputs.describe())
         widen(work)
         flow = follow(work.model, work.inputs)
         protect = spelled(work.before, self.given.get("protect", self.protect))
@@ -127,7 +129,7 @@ class PruneChannels(Edit):
         left_alone = found.left_alone | {
             found.groups[number].name: why for number, why in (choice.silent | decision.left_alone).items()
         }
-        notes = (*choice.notes, *_budget(choice), *_told(work, found, decision, groups, left_alone))
+        notes = (*choice.notes, *_budget(choice, decision), *_told(work, found, decision, groups, left_alone))
         pruned = Pruned(
             groups,
             lost_by(changes),
@@ -284,14 +286,14 @@ def _told(
     return told
 
 
-def _budget(choice: Choice) -> list[str]:
+def _budget(choice: Choice, decision: Decision) -> list[str]:
     """What a budget came to; a limit that is missed is warned of."""
     asked, within = choice.asked.budget, choice.within
     if asked is None or within is None:
         return []
     told = f"asked for {asked}: {within.told()}"
     if within.missed:
-        told += f"; {', '.join(within.missed)} missed: at max_ratio={choice.asked.max_ratio} no more channels can go"
+        told += f"; {', '.join(within.missed)} missed: {choice.why_not_more(decision.left_alone)}"
         warnings.warn(told, TorchTrimWarning, stacklevel=2)
     return [told]
 

@@ -74,17 +74,9 @@ def units_within(
     Returns:
         The choice. Where no choice keeps all limits, that of the largest ratio, and what it misses.
     """
-    flow = dependencies.flow
 
     def cost(units: Mask) -> Cost:
-        gone = dependencies.gone(units)
-        found: dict[str, float] = {}
-        for name in budget.computed:
-            if name == "macs":
-                found[name] = macs(flow, gone)
-            else:
-                found[name] = params(model, flow, gone) if name == "params" else size_mb(model, flow, gone)
-        return found
+        return cost_of(budget, model, dependencies, units)
 
     together: dict[int, list[npt.NDArray[np.int64]]] = {}
     for group in dependencies.groups:
@@ -92,6 +84,18 @@ def units_within(
     families = [np.concatenate(each) for each in together.values()]
     families.sort(key=lambda units: float(np.median(scores[units])))
     return smallest(budget, cost, choose, families, most=most)
+
+
+def cost_of(budget: Budget, model: nn.Module, dependencies: Dependencies, units: Mask) -> Cost:
+    """What is left of a model when units go, by the names of a budget's computed limits."""
+    flow, gone = dependencies.flow, dependencies.gone(units)
+    found: dict[str, float] = {}
+    for name in budget.computed:
+        if name == "macs":
+            found[name] = macs(flow, gone)
+        else:
+            found[name] = params(model, flow, gone) if name == "params" else size_mb(model, flow, gone)
+    return found
 
 
 def smallest(

@@ -12,7 +12,7 @@ from torchtrim.channels.asked import asked_of
 from torchtrim.channels.groups import Dependencies
 from torchtrim.channels.labels import Mask
 from torchtrim.channels.select import FloatArray, select
-from torchtrim.edits.prune_budget import Within, units_within
+from torchtrim.edits.prune_budget import Within, cost_of, units_within
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError, InputError
 from torchtrim.importance.channels import Importance, scores, silent
@@ -20,6 +20,9 @@ from torchtrim.importance.thresholds import ratios_below
 
 if TYPE_CHECKING:
     from torchtrim.edits.prune import PruneChannels
+
+
+_ALL = 1 - 1e-9  # the largest fraction that may go: of each group something stays
 
 
 @dataclass(eq=False)
@@ -69,9 +72,7 @@ class Choice:
 
     def __call__(self, left: Collection[int]) -> Mask:
         """The units that go when some more groups are left alone."""
-        allowed = np.ones(len(self.found.groups))
-        allowed[[*left, *self.silent]] = 0.0
-        asked = self.asked
+        allowed, asked = self._allowed(left), self.asked
         if asked.budget is None:
             return self._select(self._ratios() * allowed)
         if asked.budget.latency_ms is not None:
@@ -90,11 +91,39 @@ class Choice:
         )
         return self.within.units
 
-    def _select(self, ratios: FloatArray) -> Mask:
+    def why_not_more(self, left: Collection[int]) -> str:
+        """What stands in the way of a smaller model, where a budget is missed.
+
+        Args:
+            left: The groups (by their number) that were left alone after all.
+        """
+        if self.within is None or self.asked.budget is None:
+            return ""
+        name = self.within.missed[0]
+        allowed = self._allowed(left)
+        reasons = []
+        for setting, free in (("round_to", 1), ("min_channels", 1), ("max_ratio", _ALL)):
+            units = self._select(allowed, **{setting: free})
+            share = cost_of(self.asked.budget, self.work.model, self.found, units)[name] / self.within.original[name]
+            if share < self.within.cost[name] / self.within.original[name]:
+                reasons.append(f"{setting}={getattr(self.asked, setting)} (without it {name} {share:.1%})")
+        alone = len(self.found.left_alone) + int((allowed == 0).sum())
+        if alone:
+            reasons.append(f"what is left alone (layers: {alone})")
+        if not reasons:
+            return "no more channels can go: of each layer something has to stay"
+        return f"no more channels can go with {', '.join(reasons)}"
+
+    def _allowed(self, left: Collection[int]) -> FloatArray:
+        allowed = np.ones(len(self.found.groups))
+        allowed[[*left, *self.silent]] = 0.0
+        return allowed
+
+    def _select(self, ratios: FloatArray, **other: Any) -> Mask:
         asked = self.asked
         scope = "uniform" if asked.thresholds is not None else asked.scope
-        sizes = {"round_to": asked.round_to, "min_channels": asked.min_channels}
-        return select(self.found, self.scores, ratios, scope, max_ratio=asked.max_ratio, **sizes)
+        sizes: dict[str, Any] = {name: getattr(asked, name) for name in ("round_to", "min_channels", "max_ratio")}
+        return select(self.found, self.scores, ratios, scope, **sizes | other)
 
     def _ratios(self) -> FloatArray:
         asked, model = self.asked, self.work.before

@@ -17,11 +17,10 @@ from torchtrim.channels.groups import Dependencies, Group
 from torchtrim.channels.labels import Layer, varying
 from torchtrim.channels.units import IntArray
 from torchtrim.errors import InputError
-from torchtrim.graph.batches import arguments_of
 from torchtrim.graph.copying import kept_random_state
 from torchtrim.graph.execution import no_fused_attention
 from torchtrim.graph.inputs import Inputs
-from torchtrim.importance.gradients import on_device, runnable_copy, watched
+from torchtrim.importance.gradients import arguments_in, runnable_copy, watched
 from torchtrim.importance.matrices import Places, rows_of
 
 Statistic: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
@@ -68,7 +67,7 @@ def observations(
         for number, batch in enumerate(watched(data, "activations")):
             empty = False
             counts.clear()
-            given = arguments_of(on_device(batch, model), model, inputs)
+            given = arguments_in(batch, number, model, inputs)
             try:
                 given.fresh().call(twin)
             except (TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -123,6 +122,8 @@ class _Reading:
                 found=list(value.shape),
                 expected=[size if axis in axes else "any" for axis, size in enumerate(self.layer.shape)],
             )
+        if not bool(torch.isfinite(value).all()):
+            raise InputError("on this data the values here are not finite", path=self.path, hint="data without NaN")
         rest = [axis for axis in range(value.dim()) if axis not in axes]
         found = statistic(value).float()
         found = (found.mean(rest) if rest else found).flatten()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torchtrim.channels.groups import Dependencies
-from torchtrim.errors import EditError, InputError, ModelError, nearest
+from torchtrim.errors import EditError, InputError, ModelError, TorchTrimError, nearest
 from torchtrim.graph.copying import is_meta, kept_random_state
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.importance.activations import mean_size, observations, share_of_nonzero
@@ -124,6 +124,12 @@ def scores(
         for group, (seen, values) in zip(dependencies.groups, told, strict=True):
             if values is not None:
                 found[group.units] = _finite(values, seen, strict=not _known(importance))
+        if not _known(importance) and found.size and np.isnan(found).all():
+            raise EditError(
+                "the criterion says nothing of any group: it returned None",
+                path=f"importance={_name_of(importance)}",
+                hint="a return with a score for each of group.units",
+            )
         return found
 
 
@@ -154,7 +160,7 @@ def _by_group(
     """What the criterion says of each group, in their order."""
     if not isinstance(importance, str) and not _known(importance):
         for group in groups_of(model, dependencies):
-            yield group, importance(group)
+            yield group, _called(importance, group)
         return
     from torch_pruning.pruner import importance as criteria
 
@@ -179,6 +185,20 @@ def _by_group(
         reached = slopes is None or any(each.gradient is not None for each in group.tensors)
         items = stand_ins(group, shifted=importance == "fpgm") if reached else []
         yield group, _asked(criterion, items)
+
+
+def _called(importance: Callable[..., Any], group: ChannelGroup) -> Any:
+    """What a function of the user's says of a group."""
+    try:
+        return importance(group)
+    except (TorchTrimError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise EditError(
+            f"the criterion {_name_of(importance)!r} raised {type(error).__name__}: {error}",
+            path=group.name,
+            expected="a function that is given a ChannelGroup and returns a score for each of its units",
+        ) from error
 
 
 def _asked(criterion: Any, items: list[Item]) -> Any:
@@ -232,6 +252,13 @@ def _check(importance: Importance) -> None:
     if not isinstance(importance, str):
         if not callable(importance):
             raise EditError("no such importance", path="importance", found=importance, expected=_EXPECTED)
+        if isinstance(importance, type):
+            raise EditError(
+                "a criterion is an instance, and this is a class",
+                path="importance",
+                found=importance.__name__,
+                hint=f"{importance.__name__}()",
+            )
         return
     name, _, seed = importance.partition(":")
     if name not in NAMES or (seed and (name != "random" or not seed.isdecimal())):
@@ -251,6 +278,8 @@ def _random(dependencies: Dependencies, importance: str) -> FloatArray:
 def _finite(values: Any, group: ChannelGroup, *, strict: bool) -> FloatArray:
     """The scores of a group as numbers. Where a whole group is zero, so is its mean: its scores are zero then."""
     try:
+        if torch.is_complex(torch.as_tensor(values)):
+            raise TypeError("they are complex")
         found = np.asarray(torch.as_tensor(values).detach().double().cpu().reshape(-1))
     except (TypeError, ValueError, RuntimeError) as error:
         raise EditError(f"these are no scores: {error}", path=group.name, found=type(values).__name__) from error

@@ -111,6 +111,27 @@ def on_device(batch: Any, model: nn.Module) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to(held.device), batch)
 
 
+def arguments_in(batch: Any, number: int, model: nn.Module, inputs: Inputs) -> Inputs:
+    """What of a batch is for the forward, on the model's device.
+
+    Raises:
+        InputError: Nothing is, or it has no samples; says which batch it is.
+    """
+    try:
+        given = arguments_of(on_device(batch, model), model, inputs)
+    except InputError as error:
+        raise InputError(
+            "a batch holds nothing for the forward",
+            path=f"data[{number}]",
+            found=type(batch).__name__,
+            expected="a tensor, an (inputs, targets) pair, or a dict of tensors",
+            hint=error.hint,
+        ) from error
+    if not given.batch:
+        raise InputError("a batch without samples", path=f"data[{number}]", found=given.describe())
+    return given
+
+
 @contextmanager
 def _naming(number: int) -> Iterator[None]:
     """Say which batch it was that something did not take."""
@@ -139,7 +160,7 @@ def _losses(
                 value = loss(model, part)
             yield value
         return
-    given = arguments_of(batch, model, inputs)
+    given = arguments_in(batch, number, model, inputs)
     with _naming(number):
         output = given.fresh().call(model)
     if by_sample and loss is None and _own_loss(output) is not None:
@@ -197,6 +218,13 @@ def _default(output: Any, target: Any, number: int) -> torch.Tensor:
     own = _own_loss(output)
     if own is not None:
         return own
+    if isinstance(target, tuple):
+        raise InputError(
+            "which of these are the labels?",
+            path=f"data[{number}]",
+            found=f"{len(target)} items besides the inputs",
+            hint="loss=lambda model, batch: ..., which takes of a batch what it needs",
+        )
     if not isinstance(target, torch.Tensor):
         raise InputError(
             "a gradient needs a loss, and there are no labels to make one of",
@@ -253,6 +281,12 @@ def watched(data: Iterable[Any], doing: str) -> Iterator[Any]:
     batches: Iterable[Any] = [data] if isinstance(data, (torch.Tensor, Mapping)) else data
     if not isinstance(batches, Iterable):
         raise InputError("data is an iterable of batches", found=type(data).__name__, expected="a list, a DataLoader")
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(each, torch.Tensor) for each in data):
+        one, other = data
+        if one.dim() != other.dim() and one.shape[:1] == other.shape[:1]:
+            raise InputError(
+                "data is an iterable of batches, and this is one batch", path="data", hint="data=[(inputs, targets)]"
+            )
     total = len(batches) if isinstance(batches, Sized) else 0
     with progress(doing) as tell:
         for number, batch in enumerate(batches):

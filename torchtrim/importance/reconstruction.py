@@ -27,11 +27,10 @@ from torchtrim.channels.labels import varying
 from torchtrim.channels.select import FloatArray
 from torchtrim.channels.units import IntArray
 from torchtrim.errors import InputError
-from torchtrim.graph.batches import arguments_of
 from torchtrim.graph.copying import kept_random_state
 from torchtrim.graph.execution import no_fused_attention
 from torchtrim.graph.inputs import Inputs
-from torchtrim.importance.gradients import on_device, runnable_copy, watched
+from torchtrim.importance.gradients import arguments_in, runnable_copy, watched
 
 _ROUNDS = 64  # in which the units of a group are taken out, the cheapest first
 _ROWS = 32768  # of what a layer reads in one batch: of more places some are taken
@@ -187,7 +186,7 @@ def _observe(model: nn.Module, readings: Mapping[str, _Reading], data: Iterable[
         for number, batch in enumerate(watched(data, "gradients")):
             empty = False
             starts.clear()
-            given = arguments_of(on_device(batch, model), model, inputs).fresh()
+            given = arguments_in(batch, number, model, inputs).fresh()
             size = products.size = given.batch
             products.back = False
             try:
@@ -269,6 +268,11 @@ class _Reader:
     def of(reading: _Reading) -> _Reader:
         if reading.first is None or reading.second is None:
             raise InputError("no values were seen", path=reading.path)
+        for seen in (reading.first, reading.second, reading.back):
+            if seen is not None and not bool(torch.isfinite(seen).all()):
+                raise InputError(
+                    "on this data the values here are not finite", path=reading.path, hint="data without NaN"
+                )
         held = reading.weight.detach().double()
         weight = held.flatten(2) if held.dim() > 2 else held.unsqueeze(2)  # (out, in / groups, places of the kernel)
         groups = reading.groups
