@@ -239,3 +239,30 @@ def test_why_a_budget_is_missed() -> None:
     assert "max_ratio=0.5 (without it macs " in told(round_to=1, max_ratio=0.5)
     assert "min_channels=12 (without it macs " in told(round_to=1, min_channels=12)
     assert "what is left alone (layers: 2)" in told(protect="0")
+
+
+def twice(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    loss = nn.functional.cross_entropy(output, target)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss
+
+
+@pytest.mark.parametrize("loss", [lambda output, target: 1 / 0, twice])
+def test_a_loss_that_fails_is_told_of_with_the_batch(loss: Any) -> None:
+    with pytest.raises(InputError, match=r"data\[0\]: the model or the loss does not take the data"):
+        tt.prune_channels(net_of(), X, 0.5, importance="taylor", data=[(IMAGES, LABELS)], loss=loss)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("row", [0, 4])
+def test_reconstruction_refuses_data_that_is_not_finite(value: float, row: int) -> None:
+    images = torch.randn(16, 3, 8, 8)
+    images[row] = value
+    with pytest.raises(InputError, match="not finite"):
+        tt.prune_channels(net_of(), X, 0.5, reconstruct=True, data=[images])
+
+
+def test_a_record_names_its_criterion() -> None:
+    with pytest.raises(EditError, match="importance: a record holds the name"):
+        tt.PruneChannels(ratio=0.5, importance=lambda group: group.units)  # type: ignore[arg-type]
+    assert tt.PruneChannels(budget={"macs": 0.5}) == tt.PruneChannels(budget=tt.Budget(macs=0.5))  # type: ignore[arg-type]

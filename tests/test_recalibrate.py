@@ -93,3 +93,15 @@ def test_pairs_dicts_and_little_data() -> None:
         tt.recalibrate_batchnorm(net, iter([X]), X[:1])
     with pytest.raises(tt.ModelError, match="no batch norm"):
         tt.recalibrate_batchnorm(nn.Linear(2, 2), [torch.zeros(20, 2)])
+
+
+def test_data_that_is_not_finite_leaves_the_model_as_it_was() -> None:
+    net = _net()
+    with pytest.raises(tt.InputError, match="not finite"):
+        tt.recalibrate_batchnorm(net, [X, X[:4] * torch.nan])
+    assert torch.equal(net[1].running_mean, torch.zeros(16)) and torch.equal(net[1].running_var, torch.ones(16))
+
+
+def test_an_original_of_another_kind() -> None:
+    with pytest.raises(tt.InputError, match="original: the original is another model"):
+        tt.recalibrate_batchnorm(_net(), [X], original=nn.Linear(3, 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -140,3 +142,36 @@ def test_steps_take_selections_and_rank_only_what_was_asked_for() -> None:
     assert (net.stem.out_channels, net.wide.out_channels) == (stem // 2, wide)
     with pytest.raises(tt.PathError, match="wide"):
         tt.GradualPruning(net, X, {"wider": 0.5}, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)}, "none of the model's parameters"),
+        ({"optimizer": 3}, "not an optimizer"),
+        ({"importance": "taylor"}, "looks at data"),
+        ({"reconstruct": True}, "looks at data"),
+        ({"rond_to": 4}, "'round_to'"),
+        ({"copy": True}, "copy: no such setting"),
+    ],
+)
+def test_what_no_step_could_do_is_refused_at_once(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(tt.TorchTrimError, match=told):
+        tt.GradualPruning(Net(), X, 0.5, 2, **settings)
+
+
+def test_a_step_refuses_before_it_prunes() -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruning = tt.GradualPruning(net, X, 0.5, 2, optimizer=optimizer)
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(1))]
+    before = net.wide.out_channels
+    with pytest.raises(tt.EditError, match="none of the model's parameters"):
+        pruning.step()
+    assert net.wide.out_channels == before and pruning.taken == 0
+
+
+@pytest.mark.parametrize("strength", ["a", None, -1, float("nan")])
+def test_a_strength_is_a_number(strength: Any) -> None:
+    with pytest.raises(tt.EditError, match="strength"):
+        tt.SparsityPenalty(Net(), X, strength=strength)

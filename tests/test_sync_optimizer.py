@@ -170,3 +170,23 @@ def test_a_schedule_goes_on() -> None:
         tt.delete_channels(net, X, path, channels, copy=False, check=False)
         tt.sync_optimizer(optimizer, net)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 / 8)
+
+
+def test_two_optimizers_keep_to_their_own_parameters() -> None:
+    net = Net()
+    mine = list(net.stem.parameters())
+    one = torch.optim.SGD(mine, lr=0.1)
+    other = torch.optim.SGD([each for each in net.parameters() if all(each is not held for held in mine)], lr=0.1)
+    before = _held(one), _held(other)
+    tt.prune_channels(net, X, 0.5, copy=False, check=False)
+    for optimizer in (one, other):
+        assert not tt.sync_optimizer(optimizer, net).added
+    assert (_held(one), _held(other)) == before
+
+
+def test_what_is_no_optimizer() -> None:
+    net = Net()
+    with pytest.raises(tt.EditError, match="not an optimizer"):
+        tt.sync_optimizer(None, net)  # type: ignore[arg-type]
+    with pytest.raises(tt.EditError, match="not a parameter"):
+        tt.sync_optimizer(OPTIMIZERS["sgd"](net.parameters()), net, others=[3])  # type: ignore[list-item]

@@ -69,6 +69,13 @@ class PruneChannels(Edit):
         targets = [each for each in ("ratio", "budget", "thresholds") if getattr(self, each) is not None]
         if len(targets) != 1:
             raise EditError("how many channels?", found=targets, expected="a ratio, a budget or thresholds")
+        if not isinstance(self.importance, str):
+            raise EditError(
+                "a record holds the name of a criterion",
+                path="importance",
+                found=_name(self.importance),
+                hint="tt.prune_channels, which takes functions too",
+            )
         plain: dict[str, Any] = {"max_ratio": _fraction(self.max_ratio, "max_ratio")}
         if isinstance(self.ratio, Mapping):
             plain["ratio"] = {_key(each, "ratio"): _fraction(number, each) for each, number in self.ratio.items()}

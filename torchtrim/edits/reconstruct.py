@@ -84,10 +84,10 @@ def reconstruct(
     with kept_random_state(), torch.no_grad(), no_fused_attention(), progress("reconstruction") as told:
         teacher = structural_copy(original, own_buffers=True, user_hooks=False).eval()
         student = structural_copy(full_copy(net), user_hooks=False).eval()
+        judge = Judge(teacher, calibration)
         found, left = readers(student, narrowed, next(iter(calibration.held_back())))
         if not found:
             return Reconstruction(notes=("reconstruction: no layer reads fewer channels in a way that can be solved",))
-        judge = Judge(teacher, calibration)
         before = judge.error(student)
         changed: dict[str, torch.Tensor] = {}
         chunks = list(_chunks(found))

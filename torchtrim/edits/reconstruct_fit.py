@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchtrim.errors import InputError
+
 _STRENGTHS = (math.inf, 10.0, 1.0, 1e-1, 1e-2, 1e-3)  # of the ridge, in units of the mean variance of what is read
 _WORTH = 0.999  # the error on data held back has to fall to this share
 _WORK = 1e9  # multiplications that an input row may cost; of a convolution that costs more, fewer places are taken
@@ -113,6 +115,8 @@ class _Sums:
         self.count += x.shape[1]
 
     def means(self) -> list[torch.Tensor]:
+        if not all(bool(each.isfinite().all()) for each in self.totals):
+            raise InputError("what the model makes of the data is not finite", path="data", hint="data without NaN")
         return [each / self.count for each in self.totals]
 
 

@@ -140,7 +140,7 @@ def several(what: What | Iterable[What]) -> tuple[What, ...]:
         (('layer3.*',), ('fc', <class 'torch.nn.modules.activation.ReLU'>))
     """
     if isinstance(what, Iterable) and not isinstance(what, (str, type, nn.Module, Mapping)):
-        return tuple(cast("Iterable[What]", what))
+        return tuple(what)
     return (cast("What", what),)
 
 

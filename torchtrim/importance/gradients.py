@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from torchtrim.errors import InputError, ModelError
+from torchtrim.errors import InputError, ModelError, TorchTrimError
 from torchtrim.graph.batches import arguments_of
 from torchtrim.graph.copying import kept_random_state, source_of, structural_copy
 from torchtrim.graph.inputs import Inputs
@@ -63,7 +63,8 @@ def gradients(
             batch = on_device(batch, model)
             for value in _losses(twin, batch, loss, inputs, number, by_sample=kind == "squared"):
                 _refuse_unfit(value, number)
-                found = torch.autograd.grad(value, parameters, retain_graph=kind == "squared", allow_unused=True)
+                with _naming(number):
+                    found = torch.autograd.grad(value, parameters, retain_graph=kind == "squared", allow_unused=True)
                 if all(each is None for each in found):
                     raise _independent(number)
                 for held, each in zip(parameters, found, strict=True):
@@ -137,9 +138,9 @@ def _naming(number: int) -> Iterator[None]:
     """Say which batch it was that something did not take."""
     try:
         yield
-    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except (TorchTrimError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model or a loss of the user's raises
         raise InputError(
             f"the model or the loss does not take the data: {type(error).__name__}: {str(error).rstrip('.')}",
             path=f"data[{number}]",

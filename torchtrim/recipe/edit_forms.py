@@ -68,7 +68,7 @@ def edit_of(item: Any, where: str) -> Edit:
     except TorchTrimError as error:
         place = where if error.path is None else f"{where}.{error.path}".lstrip(".")
         raise EditError(
-            error.message, path=place, found=error.found, expected=error.expected, hint=error.hint
+            error.message, path=place or None, found=error.found, expected=error.expected, hint=error.hint
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -16,12 +17,16 @@ from torchtrim.edits.apply import run
 from torchtrim.edits.budget import Budget
 from torchtrim.edits.history import history
 from torchtrim.edits.prune import request
-from torchtrim.errors import EditError
+from torchtrim.errors import EditError, InputError, nearest
 from torchtrim.graph.inputs import ExampleInputs
 from torchtrim.graph.reader import inputs_for
+from torchtrim.importance.channels import NEED_DATA
 from torchtrim.train.optimizer import sync_optimizer
 
 Schedule = Literal["cubic", "linear"]
+
+
+_SETTINGS = tuple(name for name in signature(request).parameters if name not in ("ratio", "budget", "thresholds"))
 
 
 class GradualPruning:
@@ -82,6 +87,14 @@ class GradualPruning:
             raise EditError("no such schedule", path="schedule", found=schedule, expected="cubic or linear")
         if "thresholds" in settings:
             raise EditError("steps lead to a ratio or a budget", path="thresholds", hint="tt.prune_channels")
+        unknown = [name for name in settings if name not in _SETTINGS]
+        if unknown:
+            raise EditError(
+                "no such setting",
+                path=unknown[0],
+                expected=", ".join(_SETTINGS),
+                hint=nearest(unknown[0], _SETTINGS),
+            )
         budget = request(ratio, budget=budget, **settings).budget  # whether it can be asked for
         if budget is not None and (budget.macs is None) == (budget.params is None):
             raise EditError("a budget of MACs or of parameters, one of them", path="budget", found=str(budget))
@@ -91,6 +104,7 @@ class GradualPruning:
         self._budget, self._steps = budget, steps
         self._optimizer, self._schedule, self._check, self._data = optimizer, schedule, check, data
         self._settings = settings
+        self._refuse_unfit()
         flow = follow(model, self._inputs)
         found = dependencies(model, flow, protect=settings.get("protect", ()))
         self._widths = {group.name: group.width for group in found.groups}
@@ -118,6 +132,7 @@ class GradualPruning:
         """
         if self.done:
             return False
+        self._refuse_unfit()
         share = self.share(self.taken + 1)
         if self._budget is not None:
             edit = request(budget=self._budget_at(share), **self._settings)
@@ -128,6 +143,19 @@ class GradualPruning:
         if self._optimizer is not None:
             sync_optimizer(self._optimizer, self.model)
         return True
+
+    def _refuse_unfit(self) -> None:
+        """Before anything is changed: what would stop a step half way."""
+        if self._optimizer is not None:
+            inner = getattr(self._optimizer, "optimizer", self._optimizer)  # of accelerate's wrapper
+            if not isinstance(inner, torch.optim.Optimizer):
+                raise EditError("not an optimizer", path="optimizer", found=type(self._optimizer).__name__)
+            held = {id(each) for group in inner.param_groups for each in group["params"]}
+            if not any(id(each) in held for each in self.model.parameters()):
+                raise EditError("the optimizer holds none of the model's parameters", path="optimizer")
+        importance = self._settings.get("importance", "magnitude")
+        if self._data is None and (self._settings.get("reconstruct") or importance in NEED_DATA):
+            raise InputError("this looks at data, and there is none", path="data", found=str(importance))
 
     def _budget_at(self, share: float) -> Budget:
         name = "macs" if self._budget is not None and self._budget.macs is not None else "params"

@@ -51,7 +51,8 @@ def sync_optimizer(
     entries that the parameter lost; everything else of it stays, the number of steps too. Parameters that left the
     model are dropped with their state. Trainable ones that are new in it join the group of their nearest neighbour in
     the model that is in a group, and has as many dimensions as they where there is one: biases and norms stay without
-    weight decay. Groups keep their settings and their number, so that schedulers go on.
+    weight decay. Groups keep their settings and their number, so that schedulers go on. In a model that only lost
+    channels no parameter is new: what the optimizer does not hold was left out of it, or is another one's.
 
     Args:
         optimizer: Any optimizer whose state is numbers and tensors by parameter.
@@ -80,8 +81,13 @@ def sync_optimizer(
         torch.Size([2, 4])
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise EditError("not an optimizer", path="optimizer", found=type(optimizer).__name__)
     net, before = unwrap(net), None if before is None else unwrap(before)
     aside = set(others.parameters() if isinstance(others, nn.Module) else others)
+    for each in aside:
+        if not isinstance(each, nn.Parameter):
+            raise EditError("not a parameter", path="others", found=repr(each), expected="a module, or parameters")
     plan = _Plan.of(inner, net, before, aside)
     states = {new: plan.state(inner.state[old], new) for old, new in plan.goes_on.items() if inner.state.get(old)}
     # Nothing below can fail.
@@ -140,7 +146,10 @@ class _Plan:
                 found=f"{len(held)} parameters of another model",
                 hint="before=, the model that the optimizer was made for, where the edited one is a copy",
             )
-        plan._add(optimizer, set(now.values()) if before is not None else set(plan.goes_on.values()))
+        if before is not None:
+            plan._add(optimizer, set(now.values()))
+        elif not all(hasattr(edit, "narrowed") for edit in history(net).edits):
+            plan._add(optimizer, set(plan.goes_on.values()))
         return plan
 
     def _add(self, optimizer: torch.optim.Optimizer, known: set[nn.Parameter]) -> None:

@@ -137,7 +137,11 @@ def measured(model: nn.Module, pieces: Callable[[], Iterator[Inputs]]) -> Statis
             norm.register_forward_pre_hook(lambda _module, args, moments=moments: moments.add(args[0]))
     for piece in pieces():
         piece.call(twin)
-    return {path: moments.result() for path, moments in found.items() if moments.count}
+    statistics = {path: moments.result() for path, moments in found.items() if moments.count}
+    for path, values in statistics.items():
+        if not all(bool(each.isfinite().all()) for each in values):
+            raise InputError("on this data its statistics are not finite", path=path, hint="data without NaN")
+    return statistics
 
 
 class _Moments:
@@ -166,6 +170,7 @@ def _chosen(
     model: nn.Module, norms: Mapping[str, nn.Module], original: nn.Module, calibration: Calibration
 ) -> Recalibration:
     """Write what agrees best with the original on data held back."""
+    _refuse_untaken(original, calibration)
     judge = Judge(structural_copy(original, own_buffers=True, user_hooks=False).eval(), calibration)
     trial = structural_copy(model, own_buffers=True, user_hooks=False).eval()
     on_trial = {path: each for path, each in trial.named_modules() if path in norms}
@@ -181,6 +186,20 @@ def _chosen(
         return Recalibration(len(norms), "kept as they are", before, before, tried)
     _write(norms, chosen[1])
     return Recalibration(len(norms), chosen[0], before, best, tried)
+
+
+def _refuse_untaken(original: nn.Module, calibration: Calibration) -> None:
+    """Run the original on a piece of the data, so that an error names it."""
+    try:
+        next(iter(Calibration(calibration.data, original, calibration.example).held_back()), None)
+    except InputError as error:
+        raise InputError(
+            f"the original is another model: {error.message}",
+            path="original",
+            found=error.found,
+            expected=error.expected,
+            hint="the model before it lost channels or layers",
+        ) from error
 
 
 def _candidates(

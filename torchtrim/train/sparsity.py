@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from torchtrim.channels.follow import follow
 from torchtrim.channels.groups import dependencies
+from torchtrim.edits.budget import plain_number
 from torchtrim.errors import EditError
 from torchtrim.graph.copying import unwrap
 from torchtrim.graph.inputs import ExampleInputs
@@ -67,11 +69,12 @@ class SparsityPenalty:
     ) -> None:
         if kind not in _KINDS:
             raise EditError("no such kind of penalty", path="kind", found=kind, expected=" or ".join(_KINDS))
-        if not strength >= 0:
-            raise EditError("a strength is a number from 0 up", path="strength", found=strength)
+        number = plain_number(strength)
+        if number is None or not 0 <= number < math.inf:
+            raise EditError("a strength is a number from 0 up", path="strength", found=repr(strength))
         self.model = unwrap(model)
         self.kind = kind
-        self.strength = strength
+        self.strength = number
         self._inputs = inputs_for(self.model, example_inputs)
         self._protect = spelled(self.model, protect)
         self._read()
