@@ -152,6 +152,7 @@ def details(engine: str, results: dict[str, Any]) -> Table:
         " the process above what it held before, when the model was there and had run forward and backward",
         "- equal: to the original whose removed channels are zero, in double precision; `without norms` where a norm or"
         " a mean goes over channels, and both are run with norms that only scale",
+        "- timm's feature extractors, which come without a classifier, were given one of ten classes",
     ]
     for name, found in results.items():
         wrong = errors(found)

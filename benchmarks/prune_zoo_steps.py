@@ -71,7 +71,7 @@ class _Work:
         self.name, self.engine, self.ratio, self.round_to = name, engine, ratio, round_to
 
     def build(self) -> dict[str, Any]:
-        self.model, self.x = build(self.name)
+        self.model, self.x = build(self.name, headed=True)
         self.shapes = {batch: _shapes(self.model, self._inputs(batch), batch) for batch in (1, 2, 3)}
         self.trained = _gradients(self.model.train(), self._inputs(2))
         self.model.eval()
@@ -152,7 +152,7 @@ class _Work:
         """The record alone gives the same network, to the bit, from a fresh model."""
         del self.model
         gc.collect()
-        fresh, _ = build(self.name)
+        fresh, _ = build(self.name, headed=True)
         again = tt.apply(fresh, self.x, tt.history(self.net).edits, check=False)
         held, other = self.net.state_dict(), again.state_dict()
         if list(held) != list(other):

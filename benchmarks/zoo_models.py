@@ -50,12 +50,19 @@ def _params(name: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def build(name: str) -> tuple[nn.Module, torch.Tensor]:
-    """A model in eval mode with random weights, and an input of batch 1 that it takes in both modes."""
+def build(name: str, *, headed: bool = False) -> tuple[nn.Module, torch.Tensor]:
+    """A model in eval mode with random weights, and an input of batch 1 that it takes in both modes.
+
+    Args:
+        name: Such as `"timm:test_vit"`.
+        headed: Give timm's feature extractors, which come without a classifier, one of ten classes.
+    """
     torch.manual_seed(0)
     zoo, _, short = name.partition(":")
     if zoo == "timm":
         model: nn.Module = timm.create_model(short)
+        if headed and getattr(model, "num_classes", None) == 0:
+            model = timm.create_model(short, num_classes=10)
         sizes = list(_timm_sizes(model))
     elif zoo == "detection":
         model = torchvision.models.get_model(short, weights=None, weights_backbone=None).backbone
