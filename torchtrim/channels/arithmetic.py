@@ -34,8 +34,9 @@ def reduction(call: OpCall) -> None:
     given = call.arguments.get("dim")
     axes = [given] if isinstance(given, int) else given
     reduced = {axis % max(source.dim(), 1) for axis in axes} if axes else set(range(source.dim()))
-    mixes = not call.static
-    layers = without(call, call.layers(source), reduced, mixes=mixes)
+    layers = without(call, call.layers(source), reduced, mixes=not call.static)
+    if call.static:  # a weight that is standardised
+        call.channels.mixed += [layer for layer in call.layers(source) if varying(layer) & reduced]
     for out in tensors_in(call.out):
         kept = layers
         if out.dim() < source.dim():
@@ -44,10 +45,24 @@ def reduction(call: OpCall) -> None:
         call.give(out, kept)
 
 
+@rule("glu")
+def _glu(call: OpCall) -> None:
+    """The first half times what the second one lets through."""
+    source = call["self"]
+    axis, half = call["dim"] % source.dim(), shape_of(call.out)
+    size = half[axis]
+    operands = []
+    for start in (0, size):
+        window = (slice(None),) * axis + (slice(start, start + size),)
+        operands.append(([each[window] if each.shape[axis] > 1 else each for each in call.layers(source)], half))
+    call.give(call.out, joined(call.channels, operands, call.where))
+
+
 @rule("_weight_norm_interface")
 def _weight_norm(call: OpCall) -> None:
     weight, size, axis = call["v"], call["g"], call["dim"] % call["v"].dim()
-    operands = [(call.layers(each), shape_of(each)) for each in (weight, size)]
+    # The size first, whose channels the weight has then: a size of zero is no division by zero.
+    operands = [(call.layers(each), shape_of(each)) for each in (size, weight)]
     layers = joined(call.channels, operands, call.where)
     call.channels.mixed += [layer for layer in layers if varying(layer) != {axis}]
     call.give(call.out[0], layers)

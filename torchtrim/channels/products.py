@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -75,6 +76,7 @@ _PRODUCTS = {
     "mv": ("mk,k->m", "self", "vec"),
     "addmv": ("mk,k->m", "mat", "vec"),
     "dot": ("k,k->", "self", "tensor"),
+    "vdot": ("k,k->", "self", "other"),
 }
 
 
@@ -104,14 +106,36 @@ def _product(call: OpCall) -> None:
 )
 def _attention(call: OpCall) -> None:
     first, *others = call.out
-    query, key, value = (call[name] for name in ("query", "key", "value"))
-    scores = _contract(call, "bhnd,bhmd->bhnm", [_operand(call, query), _operand(call, key)])
-    shape = (*shape_of(query)[:-1], int(key.shape[-2]))
-    call.give(first, _contract(call, "bhnm,bhme->bhne", [(scores, shape, False), _operand(call, value)]))
+    query, key, value = (_operand(call, call[name]) for name in ("query", "key", "value"))
+    key, value = (_for_queries(each, query[1]) for each in (key, value))
+    scores = _contract(call, "bhnd,bhmd->bhnm", [query, key])
+    shape = (*query[1][:-1], key[1][-2])
+    call.give(first, _contract(call, "bhnm,bhme->bhne", [(scores, shape, False), value]))
     call.set_aside(tensors_in(others))
     mask = call.arguments.get("attn_mask", call.arguments.get("attn_bias"))
     if isinstance(mask, torch.Tensor):
         call.pin(call.layers(mask))
+
+
+def _for_queries(held: Operand, asked: Shape) -> Operand:
+    """Keys or values of which several heads in a row share one: each as often as it is read."""
+    layers, shape, static = held
+    times = asked[1] // max(shape[1], 1)
+    if times < 2:
+        return held
+    wide = [np.repeat(layer, times, 1) if layer.shape[1] > 1 else layer for layer in layers]
+    return wide, (shape[0], asked[1], *shape[2:]), static
+
+
+@rule("_trilinear")
+def _bilinear(call: OpCall) -> None:
+    """A sum of products of three, of which each lacks the dimensions along which it is expanded."""
+    names = ("i1", "i2", "i3")
+    letters = string.ascii_lowercase[: call["i1"].dim() + len(call["expand1"])]
+    lacks = [call[f"expand{number}"] for number in (1, 2, 3)]
+    terms = ["".join(each for axis, each in enumerate(letters) if axis not in lack) for lack in lacks]
+    result = "".join(each for axis, each in enumerate(letters) if axis not in call["sumdim"])
+    call.give(call.out, _contract(call, f"{','.join(terms)}->{result}", [_operand(call, call[name]) for name in names]))
 
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")

@@ -171,17 +171,20 @@ def joined(channels: Channels, operands: Sequence[tuple[Sequence[Layer], Shape]]
         why: The call.
     """
     held: dict[frozenset[int], dict[int, Layer]] = {}
-    every = [(number, layer) for number, (layers, _) in enumerate(operands) for layer in layers]
     extra: list[Layer] = []
     for number, (layers, _) in enumerate(operands):
+        for axes, several in _several(layers).items():
+            # A weight that is viewed with its inputs and its kernel along one dimension: each of them goes by itself.
+            extra += several
+            for other, (layers, _) in enumerate(operands):
+                if other != number:
+                    _tie_several(channels, several, [each for each in layers if varying(each) & axes], why)
+    taken = {id(each) for each in extra}
+    covers = {varying(each) for each in extra}
+    for number, (layers, _) in enumerate(operands):
         for layer in layers:
-            same = held.setdefault(varying(layer), {})
-            if number not in same:
-                same[number] = layer
-            elif any(other != number and varying(each) & varying(layer) for other, each in every):
-                channels.link(same[number], layer, why)
-            else:
-                extra.append(layer)  # a weight that is viewed with its inputs and its kernel along one dimension
+            if id(layer) not in taken and varying(layer) not in covers:
+                held.setdefault(varying(layer), {})[number] = layer
     results: dict[frozenset[int], Layer] = {}
     covered: dict[frozenset[int], set[int]] = {}  # by a finer layer: which operands have that
     for axes in sorted(held, key=len, reverse=True):
@@ -206,6 +209,30 @@ def joined(channels: Channels, operands: Sequence[tuple[Sequence[Layer], Shape]]
         if first is not None and axes not in covered:
             channels.link(results.setdefault(varying(first), first), first, why)
     return [*results.values(), *extra]
+
+
+def _several(layers: Iterable[Layer]) -> dict[frozenset[int], list[Layer]]:
+    """The layers that share their dimensions with others of the same operand."""
+    found: dict[frozenset[int], list[Layer]] = {}
+    for layer in layers:
+        found.setdefault(varying(layer), []).append(layer)
+    return {axes: each for axes, each in found.items() if axes and len(each) > 1}
+
+
+def _tie_several(channels: Channels, several: Sequence[Layer], others: Sequence[Layer], why: str) -> None:
+    """Tie the layers of an operand along the same dimensions to those of another one."""
+    for one in several if others else ():
+        told = [each for each in others if varying(each) != varying(one) or _refines(one, each)]
+        for each in told:
+            _tie(channels, each, one, why) if varying(each) != varying(one) else channels.within(each, one, why)
+        if not told:
+            channels.pin(one, why)
+
+
+def _refines(one: Layer, other: Layer) -> bool:
+    """Whether each channel of one of two layers stands only where a single one of the other does."""
+    left, right = np.unique(one, return_inverse=True)[1].ravel(), np.unique(other, return_inverse=True)[1].ravel()
+    return bool(np.unique(left * one.size + right).size == max(left.max(), right.max()) + 1)
 
 
 def _tie(channels: Channels, first: Layer | None, layer: Layer, why: str) -> None:

@@ -222,18 +222,20 @@ def _ignoring(model: nn.Module, flow: Flow, gone: Mask) -> nn.Module:
     for layer in flow.channels.consumed:
         reads[layer] = True
     reads &= gone
-    new: dict[int, nn.Parameter] = {}
+    new: dict[int, torch.Tensor] = {}
     for module in twin.modules():
-        for name, parameter in module._parameters.items():
-            label = None if parameter is None else flow.tensors.get(id(parameter))
-            if parameter is None or label is None or not any(bool(reads[layer].any()) for layer in label.layers):
+        held: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors, name, tensor in [(each, name, tensor) for each in held for name, tensor in each.items()]:
+            label = None if tensor is None else flow.tensors.get(id(tensor))
+            if tensor is None or label is None or not any(bool(reads[layer].any()) for layer in label.layers):
                 continue
-            if id(parameter) not in new:
-                values = parameter.detach().clone()
+            if id(tensor) not in new:
+                values = tensor.detach().clone()
                 for layer in label.layers:
                     values[torch.as_tensor(np.broadcast_to(reads[layer], values.shape).copy())] = 0
-                new[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-            module._parameters[name] = new[id(parameter)]
+                is_parameter = isinstance(tensor, nn.Parameter)
+                new[id(tensor)] = nn.Parameter(values, requires_grad=tensor.requires_grad) if is_parameter else values
+            tensors[name] = new[id(tensor)]
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
     modules = dict(twin.named_modules())

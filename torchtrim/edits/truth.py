@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from torchtrim.channels.cost import Sizes
 from torchtrim.channels.follow import Flow, ModuleCall, shape_after
@@ -134,11 +135,14 @@ _WIDTHS = re.compile(
 )
 
 
+_TAKEN, _GIVEN = re.compile("in_|input_"), re.compile("out_|output_")
+
+
 def _from_names(model: nn.Module, flow: Flow, gone: Mask, calls: Mapping[str, ModuleCall], before: Numbers) -> None:
     """Numbers that no forward reads, by their name: they follow a width of the same size.
 
-    First one that the module takes or gives, then one that it or a module in it holds, takes or gives. Where several
-    widths of that size came out differently, the number stays.
+    First one that the module takes or gives (what is called `in_` one that it takes), then one that a module in it
+    does. Where several widths of that size came out differently, the number stays.
     """
     seen = {attribute for demand in flow.demands for attribute in attributes_of(demand.source)}
     for path, module in model.named_modules():
@@ -151,12 +155,15 @@ def _from_names(model: nn.Module, flow: Flow, gone: Mask, calls: Mapping[str, Mo
         if not names or not (own := calls.get(path)):
             continue
         inner = [value for name, child in module.named_children() for value in _values(calls, f"{path}.{name}", child)]
-        for values in ([*own.given, *own.outputs], inner):
-            became = _became(values, gone)
-            for name in names:
-                after = became.get(module.__dict__[name], set())
-                if len(after) == 1 and module.__dict__[name] == before[path][name]:
+        for name in names:
+            size = module.__dict__[name]
+            sides = own.given if _TAKEN.match(name) else own.outputs if _GIVEN.match(name) else None
+            known = sides is not None and any(size in shape for shape, _ in sides)
+            for values in ([*own.given, *own.outputs] if sides is None else sides, () if known else inner):
+                after = _became(values, gone).get(size, set())
+                if len(after) == 1:
                     module.__dict__[name] = next(iter(after))
+                    break
 
 
 def _values(calls: Mapping[str, ModuleCall], path: str, module: nn.Module) -> Iterable[tuple[Shape, Label]]:
@@ -215,6 +222,8 @@ def _stages(model: nn.Module, calls: Mapping[str, ModuleCall], gone: Mask) -> No
 
 
 def _from_weights(module: nn.Module) -> None:
+    if is_parametrized(module, "weight"):
+        return  # to read it is to compute it: some change their buffers then
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.RNNBase):
         read, kept = (module._parameters[f"weight_{each}_l0"] for each in ("ih", "hh"))
