@@ -91,7 +91,7 @@ def main() -> int:
         with partial.open("a") as file:
             file.write(json.dumps({"way": way.name, **found}) + "\n")
         print(f"{way.name}: {found}", flush=True)
-    settings = {key: str(value) for key, value in vars(options).items()}
+    settings = {key: value.name if isinstance(value, Path) else str(value) for key, value in vars(options).items()}
     write(stem, {"settings": settings, "whole": whole, "results": done}, table(job, whole, done), out=options.out)
     if len(done) == len(WAYS):
         partial.unlink(missing_ok=True)
