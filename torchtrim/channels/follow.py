@@ -1,11 +1,12 @@
-"""Run a model on fake tensors, in both modes, and follow the channels of every value through it."""
+"""Run a model on tensors without values, in both modes, and follow the channels of every value through it."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from torchtrim.channels.demands import Watching
 from torchtrim.channels.labels import Channels, Label
 from torchtrim.channels.rulebook import rule_for
 from torchtrim.channels.rules import OpCall, shape_of, tensors_in
-from torchtrim.channels.run import Flow, ModuleCall, Run, Step, cost_of, shape_after
+from torchtrim.channels.run import Flow, ModuleCall, Run, Step, Values, cost_of, shape_after
+from torchtrim.channels.stage import Stage, plain_recurrence
 from torchtrim.channels.widths import Attribute, Demands, mark
 from torchtrim.errors import EditError, TorchTrimError
-from torchtrim.graph.copying import has_function_hooks, kept_random_state, paused_collection, structural_copy
+from torchtrim.graph.copying import has_function_hooks, kept_random_state, paused_collection
 from torchtrim.graph.execution import no_fused_attention
-from torchtrim.graph.fakes import Fakes
 from torchtrim.graph.inputs import Inputs
 
 __all__ = ["Flow", "ModuleCall", "Run", "Step", "follow", "rerun", "shape_after"]
@@ -54,9 +55,10 @@ def follow(model: nn.Module, inputs: Inputs, *, dead: frozenset[str] = frozenset
     channels = Channels()
     tensors = {id(tensor): label for tensor, label in _labelled(model, channels)}
     flow = Flow(channels, tensors, [])
+    stages = [Stage(model, blank=blank) for blank in (True, False)]
     with paused_collection():
         for training in (False, True):
-            run, follower = _run(model, inputs, training, channels, tensors, dead)
+            run, follower = _run(model, inputs, training, stages, channels, tensors, dead)
             flow.runs.append(run)
             flow.demands += follower.demands.demands
             flow.ties += follower.demands.ties.values()
@@ -65,13 +67,16 @@ def follow(model: nn.Module, inputs: Inputs, *, dead: frozenset[str] = frozenset
     return flow
 
 
-def rerun(model: nn.Module, inputs: Inputs, training: bool) -> Run:
-    """One forward of a model, for its shapes alone.
+def rerun(model: nn.Module, inputs: Inputs, like: Sequence[Run]) -> Iterator[Run]:
+    """The forwards of a changed model, for their shapes alone, in the modes and in the ways of earlier ones.
 
     Raises:
-        EditError: It does not run.
+        NotFollowable: One does not run.
     """
-    return _run(model, inputs, training, None, {}, frozenset())[0]
+    stages = {blank: Stage(model, blank=blank) for blank in (True, False)}
+    for run in like:
+        with paused_collection():
+            yield _run(model, inputs.with_batch(run.batch), run.training, [stages[run.blank]], None, {}, frozenset())[0]
 
 
 def _labelled(model: nn.Module, channels: Channels) -> Iterator[tuple[torch.Tensor, Label]]:
@@ -98,12 +103,16 @@ def _grouped(weight: torch.Tensor, groups: int, channels: Channels) -> Label:
     return Label((*label.layers, table.reshape(rows, columns, *ones)), static=True)
 
 
+_NONE = Label(static=True)
+
+
 class _Follower(TorchDispatchMode):
     """Sees every operator; keeps the label of every tensor."""
 
-    def __init__(self, run: Run, channels: Channels | None, dead: frozenset[str]) -> None:
+    def __init__(self, run: Run, stage: Stage, channels: Channels | None, dead: frozenset[str]) -> None:
         TorchDispatchMode.__init__(self)
         self.run = run
+        self.compute = stage.caller()
         self.channels = channels
         self.dead = dead
         self.known: dict[int, tuple[torch.Tensor, Label]] = {}
@@ -121,7 +130,9 @@ class _Follower(TorchDispatchMode):
         """The label of a tensor: a constant has channels of its own."""
         found = self.known.get(id(tensor))
         if found is None:
-            label = Label(static=True) if self.channels is None else self.channels.leaf(shape_of(tensor))
+            if self.channels is None:
+                return _NONE
+            label = self.channels.leaf(shape_of(tensor))
             self.give(tensor, label)
             return label
         return found[1]
@@ -140,20 +151,21 @@ class _Follower(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         out = _batch_normed(args) if func is torch.ops.aten.native_batch_norm.default else None
-        out = func(*args, **kwargs) if out is None else out
+        out = self.compute(func, args, kwargs) if out is None else out
         results = tensors_in(out)
         if not results:
             return out
         path, module = self.stack[-1] if self.stack else ("", None)
-        name = func._schema.name.partition("::")[2]
+        name = _name(func)
         where = self.where(name)
         self.run.random |= torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs)
-        read = tuple((shape_of(each), self.label(each)) for each in tensors_in((args, kwargs)))
+        macs, cost = 0, None
+        read: Values = ()
         if self.channels is not None:
+            read = self.values((args, kwargs))
             self._label(func, name, args, kwargs, out, results, where, module)
-        made = tuple((shape_of(each), self.label(each)) for each in results)
-        macs, cost = (0, None) if self.channels is None else cost_of(func, args, kwargs, out)
-        step = Step(name, where, path, made, read, macs, cost=cost)
+            macs, cost = cost_of(func, args, kwargs, out)
+        step = Step(name, where, path, self.values(results), read, macs, cost=cost)
         if name == "slice":
             sliced = _bound(func, args, kwargs)
             axis = sliced["dim"] % sliced["self"].dim()
@@ -161,6 +173,10 @@ class _Follower(TorchDispatchMode):
             step = replace(step, start=(axis, first), source=self.label(sliced["self"]))
         self.run.steps.append(step)
         return out
+
+    def values(self, held: Any) -> Values:
+        """The shape and label of each tensor in arguments or results."""
+        return tuple([(shape_of(each), self.label(each)) for each in tensors_in(held)])
 
     def _label(
         self, func: Any, name: str, args: Any, kwargs: Any, out: Any, results: Any, where: str, module: Any
@@ -234,59 +250,76 @@ def _draws(func: Any, args: Any, kwargs: Any) -> bool:
 def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments by name, defaults included."""
     bound: dict[str, Any] = {}
-    for position, argument in enumerate(func._schema.arguments):
+    for position, (name, default) in enumerate(_parameters(func)):
         if position < len(args):
-            bound[argument.name] = args[position]
-        elif argument.name in kwargs:
-            bound[argument.name] = kwargs[argument.name]
-        elif argument.has_default_value():
-            bound[argument.name] = argument.default_value
+            bound[name] = args[position]
+        elif name in kwargs:
+            bound[name] = kwargs[name]
+        elif default is not _REQUIRED:
+            bound[name] = default
     return bound
+
+
+@cache
+def _parameters(func: Any) -> list[tuple[str, Any]]:
+    """The names of an operator's arguments, and what they are where they are not given."""
+    arguments = func._schema.arguments
+    return [(each.name, each.default_value if each.has_default_value() else _REQUIRED) for each in arguments]
+
+
+_REQUIRED = object()
+
+
+@cache
+def _name(func: Any) -> str:
+    """An operator's name: `"view"`."""
+    name: str = func._schema.name.partition("::")[2]
+    return name
 
 
 def _run(
     model: nn.Module,
     inputs: Inputs,
     training: bool,
+    stages: Sequence[Stage],
     channels: Channels | None,
     tensors: dict[int, Label],
     dead: frozenset[str],
 ) -> tuple[Run, _Follower]:
-    failed: Exception | None = None
-    stopped, where = Run(training), ""
-    batches = dict.fromkeys((max(inputs.batch, 2), inputs.batch))
-    for hooks in (False, True)[: 1 + has_function_hooks(model)]:
-        for batch in batches:
-            follower = _Follower(Run(training, batch), channels, dead)
-            try:
-                return _run_once(model, inputs.with_batch(batch), follower, tensors, hooks), follower
-            except TorchTrimError:
-                raise
-            except Exception as error:  # noqa: BLE001 -- whatever a forward raises: another way may do
-                if failed is None:
-                    failed, where = error, follower.stack[-1][0] if follower.stack else ""
-                    stopped = follower.run
+    batches = dict.fromkeys((inputs.batch,) if channels is None else (max(inputs.batch, 2), inputs.batch))
+    hooks = (False, True)[: 1 + has_function_hooks(model)]
+    failed: list[tuple[Stage, Exception, _Follower]] = []
+    for with_hooks, batch, stage in itertools.product(hooks, batches, stages):
+        follower = _Follower(Run(training, batch, stage.blank), stage, channels, dead)
+        try:
+            with nullcontext() if channels is None else channels.kept_unless_done():
+                return _run_once(stage, inputs.with_batch(batch), follower, tensors, with_hooks), follower
+        except TorchTrimError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- whatever a forward raises: another way may do
+            failed.append((stage, error, follower))
+    # What fake tensors say comes first: others refuse what only they cannot do.
+    _, cause, follower = min(failed, key=lambda each: each[0].blank)
     refused = NotFollowable(
-        f"the model's forward cannot be followed in {'train' if training else 'eval'} mode: {failed}",
-        path=where or None,
+        f"the model's forward cannot be followed in {'train' if training else 'eval'} mode: {cause}",
+        path=(follower.stack[-1][0] if follower.stack else "") or None,
         found=inputs.describe(),
         hint="example inputs of the size that the model is trained on" if training else None,
     )
-    refused.run = stopped
-    raise refused from failed
+    refused.run = follower.run
+    raise refused from cause
 
 
-def _run_once(model: nn.Module, inputs: Inputs, follower: _Follower, tensors: dict[int, Label], hooks: bool) -> Run:
+def _run_once(stage: Stage, inputs: Inputs, follower: _Follower, tensors: dict[int, Label], hooks: bool) -> Run:
     run = follower.run
-    fake = Fakes()
     with ExitStack() as stack:
         stack.enter_context(kept_random_state())
         stack.enter_context(torch.no_grad())
         stack.enter_context(no_fused_attention())
-        stack.enter_context(_plain_recurrence())
-        twin = _fake_twin(model, fake, tensors, follower, hooks).train(run.training)
-        stack.enter_context(fake)
-        given = inputs.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+        stack.enter_context(plain_recurrence())
+        twin = stage.twin(follower, tensors, hooks=hooks).train(run.training)
+        stack.enter_context(stage.entered())
+        given = stage.given(inputs)
         for tensor in given.tensors:
             follower.give(tensor, Label())
         _watch(twin, follower)
@@ -300,26 +333,6 @@ def _run_once(model: nn.Module, inputs: Inputs, follower: _Follower, tensors: di
             if label.dead:
                 raise EditError("every channel of the model's output would go", hint="leave a channel")
     return run
-
-
-def _fake_twin(model: nn.Module, fake: Fakes, tensors: dict[int, Label], follower: _Follower, hooks: bool) -> nn.Module:
-    """The modules with fake tensors in place of parameters and buffers, all on the CPU, where operators are plain."""
-    twin = structural_copy(model, user_hooks=hooks)
-    for module in twin.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
-            module.momentum = 0.1  # else it asks for the number of batches that it has seen; shapes are the same
-    memo: dict[int, Any] = {}
-    with fake:
-        for held in (*twin.parameters(), *twin.buffers()):
-            value: torch.Tensor = torch.empty(held.shape, dtype=held.dtype)
-            if isinstance(held, nn.Parameter):
-                if type(held) is not nn.Parameter:
-                    continue  # a subclass (quantized weights) may not have a fake form
-                value = nn.Parameter(value, requires_grad=False)
-            memo[id(held)] = value
-            if id(held) in tensors:
-                follower.give(value, tensors[id(held)])
-    return copy.deepcopy(twin, memo)
 
 
 def _watch(twin: nn.Module, follower: _Follower) -> None:
@@ -339,28 +352,10 @@ def _watch(twin: nn.Module, follower: _Follower) -> None:
                 for tensor in found:
                     follower.give(tensor, Label(dead=True))
             follower.returned.update(map(id, found))
-            follower.run.calls.setdefault(path, []).append(
-                ModuleCall(
-                    *(
-                        tuple((shape_of(each), follower.label(each)) for each in tensors_in(side))
-                        for side in (args, output)
-                    )
-                )
-            )
+            follower.run.calls.setdefault(path, []).append(ModuleCall(follower.values(args), follower.values(output)))
 
         return note
 
     for path, module in twin.named_modules():
         module.register_forward_pre_hook(enter(path), prepend=True)
         module.register_forward_hook(leave(path))
-
-
-@contextmanager
-def _plain_recurrence() -> Iterator[None]:
-    """Keep recurrent layers from running as one operator whose parts cannot be followed."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)

@@ -9,8 +9,10 @@ rule, and two tensors that are added tell that their channels go together.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -96,6 +98,16 @@ class Channels:
     links: list[tuple[Layer, Layer, str]] = field(default_factory=list)
     implied: list[tuple[Layer, Layer, str]] = field(default_factory=list)
     _lines: dict[bytes, Layer] = field(default_factory=dict)
+
+    @contextmanager
+    def kept_unless_done(self) -> Iterator[None]:
+        """Forget what was noted inside, if it ends in an error."""
+        before = {name: value if isinstance(value, int) else copy.copy(value) for name, value in vars(self).items()}
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
 
     def new(self, shape: Sequence[int]) -> Layer:
         """New channels, in an array of this shape."""

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torchtrim.channels.labels import Channels, EqualParts, Label, Mask, kept_indices
 from torchtrim.channels.rules import Shape
 from torchtrim.channels.widths import Attribute, Demand, Tie
-from torchtrim.graph.macs import macs_of
+from torchtrim.graph.macs import macs_of, multiplies
 
 Values: TypeAlias = "tuple[tuple[Shape, Label], ...]"
 Cost: TypeAlias = Callable[[Sequence[Shape], Sequence[Shape]], int]
@@ -82,6 +82,7 @@ class Run:
     Attributes:
         training: The mode.
         batch: The batch size.
+        blank: Whether it ran on the meta device, not on fake tensors.
         steps: Every operator, in order.
         calls: The calls of each module, by its path (its first one), in the order of return.
         random: Whether random numbers were drawn.
@@ -91,6 +92,7 @@ class Run:
 
     training: bool
     batch: int = 1
+    blank: bool = False
     steps: list[Step] = field(default_factory=list)
     calls: dict[str, list[ModuleCall]] = field(default_factory=dict)
     random: bool = False
@@ -135,7 +137,7 @@ def shape_after(shape: Shape, label: Label, gone: Mask) -> Shape | None:
 
 def cost_of(op: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, Cost | None]:
     """An operator's multiply-accumulates, and the same as a function of the shapes of its tensors."""
-    now = macs_of(op, args, kwargs, out)
+    now = macs_of(op, args, kwargs, out) if multiplies(op) else 0
     if not now:
         return 0, None
     taken, form = pytree.tree_flatten((args, kwargs))

@@ -6,7 +6,7 @@ import copy
 import gc
 import random
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -52,7 +52,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def structural_copy(model: nn.Module, *, own_buffers: bool = False, user_hooks: bool = True) -> nn.Module:
+def structural_copy(
+    model: nn.Module,
+    *,
+    own_buffers: bool = False,
+    user_hooks: bool = True,
+    stand_ins: Mapping[int, torch.Tensor] | None = None,
+) -> nn.Module:
     """A copy of the modules that shares the parameters (and, unless `own_buffers`, the buffers): cheap at any size.
 
     Tracing and checking run on such a copy, because a forward may keep state in Python attributes.
@@ -63,6 +69,7 @@ def structural_copy(model: nn.Module, *, own_buffers: bool = False, user_hooks: 
             layers (a class token, a scale), which an in-place operation may reach. `source_of` knows their origin.
         user_hooks: Keep forward hooks that are plain functions. A copy that is run does without: what they write to is
             the user's. Hooks with state of their own (weight norm) are copied with it.
+        stand_ins: By the identity of parameters and buffers, what the copy is to hold in their place.
 
     Raises:
         ModelError: The model holds something that cannot be copied.
@@ -75,6 +82,7 @@ def structural_copy(model: nn.Module, *, own_buffers: bool = False, user_hooks: 
         memo[id(parameter)].__dict__[_SOURCE] = source_of(parameter)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().clone() if own_buffers else buffer
+    memo |= stand_ins or {}
     try:
         twin: nn.Module = _copy_module(model, memo)
     except (TypeError, RuntimeError, copy.Error) as error:

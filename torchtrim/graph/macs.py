@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ def macs_of(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, 
         return ours(args, out)
     formula = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=out)) // 2 if formula is not None else 0
+
+
+@cache
+def multiplies(op: torch._ops.OpOverload) -> bool:
+    """Whether an operator has a formula: others multiply no matrices."""
+    return str(op._overloadpacket) in _FORMULAS or op._overloadpacket in flop_registry
 
 
 def _attention(args: tuple[Any, ...], out: Any) -> int:

@@ -1,0 +1,117 @@
+"""Shapes alone: what operators give for tensors without values.
+
+torch's fake tensors know the device that they stand for; each operator on them costs about as much as on a small real
+tensor. Here all tensors lie on the meta device, and what an operator gives for the same shapes is remembered: that is
+an order of magnitude faster. Where it is not enough (a forward that asks for values, or for a device of its own) torch
+refuses, and fake tensors can tell.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from torchtrim.channels.rules import tensors_in
+
+META = torch.device("meta")
+
+
+class Blanks:
+    """Runs operators on tensors without values; real ones, constants of a forward, are taken for their shapes."""
+
+    def __init__(self) -> None:
+        self._blank: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def call(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an operator gives.
+
+        Raises:
+            RuntimeError: It cannot be told without values; or it does not take these shapes.
+        """
+        kind = _kind(op)
+        if kind.placed:
+            kwargs = {**kwargs, "device": META, "pin_memory": False} if kind.pinned else {**kwargs, "device": META}
+        if any(tensor.device != META for tensor in tensors_in((args, kwargs))):
+            if kind.values:
+                return op(*args, **kwargs)
+            if kind.writes:
+                raise RuntimeError(f"{op} writes to a real tensor")
+            args, kwargs = pytree.tree_map_only(torch.Tensor, self._blanked, (args, kwargs))
+        if not kind.plain:
+            return op(*args, **kwargs)
+        key = (op, torch.get_default_dtype(), _key(args), _key(kwargs))
+        known = _KNOWN.get(key)
+        if known is None:
+            out = op(*args, **kwargs)
+            if len(_KNOWN) >= _MOST:
+                _KNOWN.clear()
+            _KNOWN[key] = _layout(out)
+            return out
+        return _made(known)
+
+    def _blanked(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device == META:
+            return tensor
+        if id(tensor) not in self._blank:
+            self._blank[id(tensor)] = tensor, torch.empty_like(tensor, device=META, requires_grad=False)
+        return self._blank[id(tensor)][1]
+
+
+class _Kind:
+    """What is to be known of an operator.
+
+    Attributes:
+        placed: Whether it is told the device of its result.
+        pinned: Whether it is told to pin the memory of it.
+        values: Whether it reads or makes values: a constant's number, `torch.tensor(2)`.
+        writes: Whether it changes an argument.
+        plain: Whether all it gives is new.
+    """
+
+    def __init__(self, op: Any) -> None:
+        schema = op._schema
+        names = {argument.name for argument in schema.arguments}
+        self.placed = "device" in names
+        self.pinned = "pin_memory" in names
+        self.values = schema.name in ("aten::lift_fresh", "aten::_local_scalar_dense")
+        self.writes = schema.is_mutable
+        aliased = any(each.alias_info is not None for each in (*schema.arguments, *schema.returns))
+        self.plain = not (aliased or self.values or schema.name in ("aten::_reshape_alias", "aten::_unsafe_view"))
+
+
+_kind = cache(_Kind)
+_KNOWN: dict[Any, Any] = {}
+_MOST = 20_000
+
+
+def _key(value: Any) -> Any:
+    """Arguments as something to look up by: tensors by their layout, numbers with their type."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple([_key(item) for item in value])
+    if isinstance(value, dict):
+        return tuple([(name, _key(item)) for name, item in value.items()])
+    return type(value), value
+
+
+def _layout(value: Any) -> Any:
+    """Results as their layouts."""
+    return pytree.tree_map_only(torch.Tensor, lambda each: _Layout(each), value)
+
+
+class _Layout:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
+
+    def tensor(self) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=META)
+
+
+def _made(known: Any) -> Any:
+    if isinstance(known, _Layout):
+        return known.tensor()
+    return pytree.tree_map_only(_Layout, lambda each: each.tensor(), known)
