@@ -113,6 +113,7 @@ def test_importances_that_need_data() -> None:
         (["--ratio", 0.5, "--ratio", "layer3.*=0.5"], "a path or glob and a number"),
         (["--ratio", "=0.5"], "a path or glob and a number"),
         (["--ratio", 0.5, "--reconstruct"], "--data"),
+        (["--ratio", 0.5, "--importance", "taylor"], "taylor looks at data"),
         (["--ratio", 0.5], "--out"),
     ],
 )
@@ -126,7 +127,8 @@ def test_wrong_usage_is_told_before_any_work(options: list[Any], says: str) -> N
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--ratio", 1.5], "0 to 1"),
+        (["--ratio", 1.5], "torchtrim: ratio: the fraction"),
+        (["--ratio", 0.5, "--max-ratio", 2], "torchtrim: max_ratio: the fraction"),
         (["--macs", -1], "above zero"),
         (["--ratio", "layer9.*=0.5"], "fits 'layer9"),
         (["--ratio", 0.5, "--importance", "magnitud"], "'magnitude'"),

@@ -99,6 +99,8 @@ def prune(
         )
     if reconstruct and data is None and not plan:
         raise typer.BadParameter("layers are fitted to data", param_hint="--data")
+    if data is None and not plan and _looks_at_data(importance):
+        raise typer.BadParameter(f"{importance} looks at data", param_hint="--data")
     asked: dict[str, Any] = {"importance": importance, "scope": scope, "round_to": round_to}
     asked |= {
         "min_channels": min_channels,
@@ -118,6 +120,12 @@ def prune(
         check_out(out, overwrite)
     named, x = load(model, input, pretrained, weights, seed, trust)
     _do(asked, named.model, x, out, overwrite, plan, seed, trust, json, data)
+
+
+def _looks_at_data(importance: str) -> bool:
+    from torchtrim.importance.channels import NEED_DATA  # with torch, which only a command that runs loads
+
+    return importance in NEED_DATA
 
 
 def _ratios(given: list[str]) -> float | dict[str, float]:
