@@ -15,7 +15,7 @@ from torch.nn import functional
 from torchtrim.channels.asked import makers
 from torchtrim.channels.follow import follow
 from torchtrim.channels.groups import Dependencies, dependencies
-from torchtrim.errors import EditError, InputError, ModelError, PathError, SelectionError
+from torchtrim.errors import EditError, InputError, ModelError, PathError
 from torchtrim.graph.inputs import Inputs
 from torchtrim.importance.channels import scores, silent
 from torchtrim.importance.matrices import ChannelGroup
