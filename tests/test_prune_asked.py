@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 
 import torchtrim as tt
 from torchtrim.errors import EditError, InputError, PathError, SelectionError, TorchTrimError, TorchTrimWarning
@@ -266,3 +267,12 @@ def test_a_record_names_its_criterion() -> None:
     with pytest.raises(EditError, match="importance: a record holds the name"):
         tt.PruneChannels(ratio=0.5, importance=lambda group: group.units)  # type: ignore[arg-type]
     assert tt.PruneChannels(budget={"macs": 0.5}) == tt.PruneChannels(budget=tt.Budget(macs=0.5))  # type: ignore[arg-type]
+
+
+def test_masks_of_torch_go_with_their_weight() -> None:
+    net = net_of()
+    torch_prune.l1_unstructured(net[3], "weight", 0.5)
+    narrow = tt.prune_channels(net, X, 0.5)
+    assert narrow[3].weight_orig.shape == narrow[3].weight_mask.shape == (16, 8, 3, 3)
+    narrow(IMAGES).sum().backward()
+    assert (narrow[3].weight == 0).sum() >= (narrow[3].weight_mask == 0).sum() > 0
