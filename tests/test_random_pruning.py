@@ -87,7 +87,7 @@ def test_a_weight_that_is_standardised_by_hand() -> None:
     """What is standardised is another weight without some of its inputs: equality cannot be expected."""
     net = nn.Sequential(nn.Conv2d(3, 8, 1), Standardised(8, 6, 1), nn.Conv2d(6, 2, 1), nn.AdaptiveAvgPool2d(1))
     pruned, _ = halved(net, torch.randn(2, 3, 4, 4))
-    assert pruned[1].weight.shape == (6 - 3, 4, 1, 1)
+    assert pruned[1].weight.shape == (3, 4, 1, 1)
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])
@@ -144,3 +144,47 @@ def test_the_inputs_of_a_layer_that_stays_as_wide_as_its_narrower_outputs_were()
 
     pruned, _ = halved(Net(), torch.randn(2, 3, 4))
     assert (pruned.fc1.in_features, pruned.fc1.out_features) == (12, 6)
+
+
+class Biased(nn.Module):
+    """Attention as in swin or T5: a learned number for each head is added to the scores, as a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads, self.head_dim = 4, 6
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 24), nn.Linear(8, 24), nn.Linear(8, 24), nn.Linear(24, 2))
+        self.table = nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, _ = x.shape
+        q, k, v = (each(x).view(b, n, -1, self.head_dim).transpose(1, 2) for each in (self.q, self.k, self.v))
+        apart = torch.arange(n)[:, None] - torch.arange(n) + n - 1
+        mask = self.table[apart.view(-1)].view(n, n, -1).permute(2, 0, 1)[None]
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).reshape(b, n, -1))
+
+
+def test_a_number_for_each_head_that_is_added_as_a_mask() -> None:
+    """The heads go with theirs; how many there are is told, though the forward does not read it."""
+    pruned, left = halved(Biased(), torch.randn(2, 5, 8))
+    assert pruned.table.shape == (9, 2) and pruned.q.weight.shape == (12, 8) and set(left) == {"out"}
+    assert (pruned.num_attention_heads, pruned.head_dim) == (2, 6)
+
+
+def test_vectors_flattened_from_a_kernel_meet_a_value_without_channels() -> None:
+    """What a kernel is multiplied with along its flattened inputs is as long as it was: the inputs stay."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.weight = nn.Conv2d(3, 8, 1), nn.Parameter(torch.randn(6, 8, 3, 3))
+            self.fc = nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scaled = self.weight.flatten(1) * x.flatten()[:72]
+            y = functional.conv2d(self.stem(x), scaled.view(6, -1, 3, 3))
+            return self.fc(y.mean((2, 3)))
+
+    pruned, left = halved(Net(), torch.randn(2, 3, 6, 6))
+    assert pruned.weight.shape[1:] == (8, 3, 3)
+    assert "stem" in left

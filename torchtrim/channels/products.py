@@ -110,11 +110,12 @@ def _attention(call: OpCall) -> None:
     key, value = (_for_queries(each, query[1]) for each in (key, value))
     scores = _contract(call, "bhnd,bhmd->bhnm", [query, key])
     shape = (*query[1][:-1], key[1][-2])
-    call.give(first, _contract(call, "bhnm,bhme->bhne", [(scores, shape, False), value]))
-    call.set_aside(tensors_in(others))
     mask = call.arguments.get("attn_mask", call.arguments.get("attn_bias"))
     if isinstance(mask, torch.Tensor):
-        call.pin(call.layers(mask))
+        added = [aligned(layer, 4) for layer in call.layers(mask)]
+        scores = joined(call.channels, [(scores, shape), (added, (1,) * (4 - mask.dim()) + shape_of(mask))], call.where)
+    call.give(first, _contract(call, "bhnm,bhme->bhne", [(scores, shape, False), value]))
+    call.set_aside(tensors_in(others))
 
 
 def _for_queries(held: Operand, asked: Shape) -> Operand:

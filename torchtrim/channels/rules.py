@@ -171,19 +171,17 @@ def joined(channels: Channels, operands: Sequence[tuple[Sequence[Layer], Shape]]
         why: The call.
     """
     held: dict[frozenset[int], dict[int, Layer]] = {}
-    extra: list[Layer] = []
+    extra: dict[frozenset[int], list[Layer]] = {}
     for number, (layers, _) in enumerate(operands):
         for axes, several in _several(layers).items():
             # A weight that is viewed with its inputs and its kernel along one dimension: each of them goes by itself.
-            extra += several
-            for other, (layers, _) in enumerate(operands):
-                if other != number:
+            extra.setdefault(axes, several)
+            for other, (layers, shape) in enumerate(operands):
+                if other != number and any(shape[axis] > 1 for axis in axes):
                     _tie_several(channels, several, [each for each in layers if varying(each) & axes], why)
-    taken = {id(each) for each in extra}
-    covers = {varying(each) for each in extra}
     for number, (layers, _) in enumerate(operands):
         for layer in layers:
-            if id(layer) not in taken and varying(layer) not in covers:
+            if varying(layer) not in extra:
                 held.setdefault(varying(layer), {})[number] = layer
     results: dict[frozenset[int], Layer] = {}
     covered: dict[frozenset[int], set[int]] = {}  # by a finer layer: which operands have that
@@ -208,20 +206,22 @@ def joined(channels: Channels, operands: Sequence[tuple[Sequence[Layer], Shape]]
                     covered.setdefault(varying(layer), set()).update(held[axes])
         if first is not None and axes not in covered:
             channels.link(results.setdefault(varying(first), first), first, why)
-    return [*results.values(), *extra]
+    return [*results.values(), *(layer for several in extra.values() for layer in several)]
 
 
 def _several(layers: Iterable[Layer]) -> dict[frozenset[int], list[Layer]]:
     """The layers that share their dimensions with others of the same operand."""
     found: dict[frozenset[int], list[Layer]] = {}
     for layer in layers:
-        found.setdefault(varying(layer), []).append(layer)
+        same = found.setdefault(varying(layer), [])
+        if not any(np.array_equal(each, layer) for each in same):
+            same.append(layer)
     return {axes: each for axes, each in found.items() if axes and len(each) > 1}
 
 
 def _tie_several(channels: Channels, several: Sequence[Layer], others: Sequence[Layer], why: str) -> None:
     """Tie the layers of an operand along the same dimensions to those of another one."""
-    for one in several if others else ():
+    for one in several:
         told = [each for each in others if varying(each) != varying(one) or _refines(one, each)]
         for each in told:
             _tie(channels, each, one, why) if varying(each) != varying(one) else channels.within(each, one, why)

@@ -51,6 +51,7 @@ def tell_the_truth(model: nn.Module, flow: Flow, gone: Mask, changed: set[nn.Mod
         if call is not None:
             _from_call(module, call, gone)
     _from_names(model, flow, gone, calls, before)
+    _heads(model, flow, gone, calls, before)
     _features(model, [path for path, found in flow.runs[0].calls.items() if found], calls, gone)
     _stages(model, calls, gone)
     return {
@@ -131,7 +132,7 @@ def _put(module: nn.Module, attribute: Attribute, value: int) -> None:
 
 
 _WIDTHS = re.compile(
-    r"(^|_)(kdim|vdim|chs|channels|features|planes|dim|dims|width|filters|hidden_size|head_size|inner_size|embed_size)(_|$)"
+    r"(^|_)(kdim|vdim|chs|channels|features|planes|dim|dims|width|filters|hidden_size|head_size|inner_size|embed_size|intermediate_size|model|ff)(_|$)"
 )
 
 
@@ -164,6 +165,33 @@ def _from_names(model: nn.Module, flow: Flow, gone: Mask, calls: Mapping[str, Mo
                 if len(after) == 1:
                     module.__dict__[name] = next(iter(after))
                     break
+
+
+_HEADS = re.compile(r"(^|_|n)heads?$")
+
+
+def _heads(model: nn.Module, flow: Flow, gone: Mask, calls: Mapping[str, ModuleCall], before: Numbers) -> None:
+    """Numbers of heads that no forward reads: they follow the heads that the layers inside make."""
+    seen = {attribute for demand in flow.demands for attribute in attributes_of(demand.source)}
+    tables = {layer.tobytes(): layer for layer, _ in flow.channels.heads}.values()
+    for path, module in model.named_modules():
+        names = [name for name, value in before[path].items() if type(value) is int and _HEADS.search(name)]
+        names = [name for name in names if Attribute(path, name) not in seen and name in module.__dict__]
+        if not names:
+            continue
+        made = np.zeros(gone.size, dtype=bool)
+        for name, child in module.named_children():
+            for _, label in _values(calls, f"{path}.{name}", child):
+                for layer in label.layers:
+                    made[layer] = True
+        for name in names:
+            after = {
+                int((~gone[each]).any(axis=1).sum())
+                for each in tables
+                if len(each) == before[path][name] and made[each].all()
+            }
+            if len(after) == 1:
+                module.__dict__[name] = after.pop()
 
 
 def _values(calls: Mapping[str, ModuleCall], path: str, module: nn.Module) -> Iterable[tuple[Shape, Label]]:
