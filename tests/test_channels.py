@@ -629,3 +629,10 @@ def test_a_recurrent_layer_with_a_projection(layers: int, both: bool) -> None:
     net = tt.delete_channels(Recurrent(layers, both), torch.randn(2, 7, 6), "rnn", [0])
     assert (net.rnn.hidden_size, net.rnn.proj_size) == (5, 2)
     assert net.head.in_features == (4 if both else 2)
+
+
+def test_residual_sums_keep_as_few_layers_as_their_parts() -> None:
+    net = torchvision.models.swin_t(weights=None).eval()
+    flow = follow(net, Inputs.of(torch.zeros(1, 3, 64, 64)))
+    most = max(len(label.layers) for run in flow.runs for step in run.steps for _, label in step.outputs)
+    assert most <= 8  # not twice as many with each sum
