@@ -167,9 +167,10 @@ def _pruning(draw: random.Random, net: nn.Module, x: Any) -> tuple[str, Any]:
 
 
 def _deletion(draw: random.Random, net: nn.Module, x: Any) -> tuple[str, Any]:
-    layers = [name for name, each in net.named_modules() if getattr(each, "weight", None) is not None and name]
+    twin = copy.deepcopy(net).eval()
+    layers = [name for name, each in twin.named_modules() if getattr(each, "weight", None) is not None and name]
     path = draw.choice(layers)
-    size = net.get_submodule(path).weight.shape[0]
+    size = twin.get_submodule(path).weight.shape[0]
     channels = sorted(draw.sample(range(size), draw.randint(1, max(size // 2, 1))))
     return f"delete_channels({path!r}, {channels})", lambda: tt.delete_channels(net, x, path, channels)
 
@@ -196,6 +197,7 @@ def _runs(net: nn.Module, x: torch.Tensor, told: Told) -> None:
 
 def _true(net: nn.Module, told: Told) -> None:
     """What modules of torch say of their widths is so."""
+    net = copy.deepcopy(net).eval()  # a weight that is computed may change what it is computed from
     for path, module in net.named_modules():
         said: dict[str, Any] = {}
         weight = getattr(module, "weight_orig", getattr(module, "weight", None))

@@ -188,3 +188,33 @@ def test_vectors_flattened_from_a_kernel_meet_a_value_without_channels() -> None
     pruned, left = halved(Net(), torch.randn(2, 3, 6, 6))
     assert pruned.weight.shape[1:] == (8, 3, 3)
     assert "stem" in left
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_learned_queries(fused: bool) -> None:
+    """Of parameters alone are the queries, as in DETR's decoder; their heads go whole all the same."""
+
+    class Asked(Biased):
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked = nn.Parameter(torch.randn(1, 3, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            held = self.asked
+            for source in (held, x):  # of the queries among themselves, then of what was given
+                q, k, v = (
+                    each(given).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                    for each, given in zip((self.q, self.k, self.v), (held, source, source), strict=True)
+                )
+                if fused:
+                    y = functional.scaled_dot_product_attention(q.expand(source.shape[0], -1, -1, -1), k, v)
+                else:
+                    y = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(-1) @ v
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    net = Asked()
+    pruned, _ = halved(net, torch.randn(2, 5, 8))
+    assert [each.weight.shape for each in (pruned.q, pruned.k, pruned.v)] == [(12, 8)] * 3
+    gone: Any = tt.history(pruned).entries[-1].edit
+    heads = torch.tensor(gone.narrowed["q.weight"]["0"]).view(2, 6)
+    assert bool((heads % 6 == torch.arange(6)).all())

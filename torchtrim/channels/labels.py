@@ -44,12 +44,14 @@ class Label:
         static: Whether it is computed from parameters and constants alone.
         dead: Whether all of it goes: it belongs to a branch that is taken out.
         aside: Whether it is a by-product (saved statistics) that nothing in a forward reads.
+        made: Whether it is static and a product made it: learned queries that were projected, say.
     """
 
     layers: tuple[Layer, ...] = ()
     static: bool = False
     dead: bool = False
     aside: bool = False
+    made: bool = False
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def _expand(call: OpCall) -> None:
     for layer in call.layers(source):
         wide = layer.reshape((1,) * new + layer.shape)
         layers.append(np.tile(wide, [each if size > 1 else 1 for each, size in zip(times, wide.shape, strict=True)]))
-    for axis in range(new if call.static else 1, call.out.dim()):  # not the batch, nor a weight for each of it
+    first = new if call.static and new else 1  # not the batch, nor a weight for each of it
+    for axis in range(0 if call.static and call.out.dim() == 1 else first, call.out.dim()):
         if before[axis] == 1 and times[axis] > 1:
             layers.append(along(call.channels.new((times[axis],)), axis, call.out.dim()))
     call.give(call.out, layers)

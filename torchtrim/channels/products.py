@@ -68,6 +68,13 @@ def _placed(layer: Layer, term: str, letters: str) -> Layer:
     return moved.reshape([layer.shape[term.index(letter)] if letter in term else 1 for letter in letters])
 
 
+def _by_heads(call: OpCall, tensor: torch.Tensor) -> Operand:
+    """The same, where queries (keys, values) that are learned and projected, by heads, count as computed."""
+    layers, shape, static = _operand(call, tensor)
+    learned = len(shape) == 3 and call.labels.label(tensor).made and any(0 in varying(layer) for layer in layers)
+    return layers, shape, static and not learned
+
+
 _PRODUCTS = {
     "mm": ("mk,kn->mn", "self", "mat2"),
     "bmm": ("bmk,bkn->bmn", "self", "mat2"),
@@ -83,17 +90,13 @@ _PRODUCTS = {
 @rule(*_PRODUCTS)
 def _product(call: OpCall) -> None:
     equation, *names = _PRODUCTS[call.name.removesuffix("_")]
-    layers = _contract(call, equation, [_operand(call, call[name]) for name in names])
+    operands = [_by_heads(call, call[name]) for name in names]
+    layers = _contract(call, equation, operands)
     if call.name.startswith(("add", "badd")):
         added, ndim = call["self"], call.out.dim()
-        operands = [(layers, shape_of(call.out))]
-        operands.append(
-            (
-                [aligned(layer, ndim) for layer in call.layers(added)],
-                (1,) * (ndim - added.dim()) + shape_of(added),
-            )
-        )
-        layers = joined(call.channels, operands, call.where)
+        shift = [aligned(layer, ndim) for layer in call.layers(added)]
+        sums = [(layers, shape_of(call.out)), (shift, (1,) * (ndim - added.dim()) + shape_of(added))]
+        layers = joined(call.channels, sums, call.where)
     call.give(call.out, layers)
 
 
@@ -106,7 +109,7 @@ def _product(call: OpCall) -> None:
 )
 def _attention(call: OpCall) -> None:
     first, *others = call.out
-    query, key, value = (_operand(call, call[name]) for name in ("query", "key", "value"))
+    query, key, value = ((*_operand(call, call[name])[:2], False) for name in ("query", "key", "value"))
     key, value = (_for_queries(each, query[1]) for each in (key, value))
     scores = _contract(call, "bhnd,bhmd->bhnm", [query, key])
     shape = (*query[1][:-1], key[1][-2])

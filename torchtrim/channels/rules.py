@@ -60,7 +60,10 @@ class OpCall:
     def give(self, tensor: torch.Tensor, layers: Sequence[Layer | None]) -> None:
         """Label an output."""
         kept = tuple(layer for layer in layers if layer is not None and varying(layer))
-        self.labels.give(tensor, Label(kept, static=self.static))
+        made = self.static and (
+            self.name in _PRODUCTS or any(self.labels.label(each).made for each in tensors_in(self.arguments))
+        )
+        self.labels.give(tensor, Label(kept, static=self.static, made=made))
 
     def set_aside(self, tensors: Sequence[torch.Tensor]) -> None:
         """Label by-products."""
@@ -73,6 +76,7 @@ class OpCall:
             self.channels.pin(layer, why or self.where)
 
 
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution")
 Rule: TypeAlias = Callable[[OpCall], None]
 RULES: dict[str, Rule] = {}
 
