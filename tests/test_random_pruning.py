@@ -218,3 +218,29 @@ def test_learned_queries(fused: bool) -> None:
     gone: Any = tt.history(pruned).entries[-1].edit
     heads = torch.tensor(gone.narrowed["q.weight"]["0"]).view(2, 6)
     assert bool((heads % 6 == torch.arange(6)).all())
+
+
+def test_an_attention_whose_queries_stay_as_wide_as_its_narrower_heads_were() -> None:
+    """What comes in cannot be narrowed, and has the width that all heads together had."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.fc = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.reshape(x.shape[0], -1, 8)
+            return self.fc(self.attention(x, x, x, need_weights=False)[0])
+
+    pruned, _ = halved(Net(), torch.randn(2, 5, 8))
+    assert pruned.attention.in_proj_weight.shape == (12, 8) and pruned.attention.num_heads == 1
+    assert (pruned.attention.embed_dim, pruned.attention.kdim, pruned.attention.vdim) == (8, 8, 8)
+
+
+def test_an_attention_that_a_cut_leaves_as_the_last_layer() -> None:
+    net = nn.Sequential(nn.Linear(4, 12), nn.TransformerEncoderLayer(12, 2, 16, 0.0, batch_first=True))
+    x = torch.randn(2, 5, 4)
+    cut = tt.cut(net.eval(), x, after="1.dropout1")
+    pruned = tt.prune_channels(cut, ratio=0.5, round_to=1, protect="0")
+    attention = pruned.get_submodule("1.self_attn")
+    assert (attention.embed_dim, attention.num_heads, attention.out_proj.in_features) == (12, 1, 6)

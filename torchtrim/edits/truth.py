@@ -153,6 +153,8 @@ def _from_names(model: nn.Module, flow: Flow, gone: Mask, calls: Mapping[str, Mo
             if type(value) is int and value > 1 and module.__dict__.get(name) == value and _WIDTHS.search(name)
         ]
         names = [name for name in names if Attribute(path, name) not in seen]
+        if isinstance(module, nn.MultiheadAttention):
+            continue  # its weights tell
         if not names or not (own := calls.get(path)):
             continue
         inner = [value for name, child in module.named_children() for value in _values(calls, f"{path}.{name}", child)]
@@ -219,6 +221,7 @@ def _features(model: nn.Module, order: list[str], calls: Mapping[str, ModuleCall
     width = _width(*calls[last].given[0], gone)
     classes = _width(*calls[last].outputs[0], gone) if calls[last].outputs else None
     around = [path for path in modules if path == "" or last.startswith(f"{path}.")]
+    around = [path for path in around if not isinstance(modules[path], nn.MultiheadAttention)]  # its weights tell
     for change, names in ((width, ("num_features", "head_hidden_size", "embed_dim")), (classes, ("num_classes",))):
         for path, name in ((path, name) for path in around for name in names):
             if change is not None and modules[path].__dict__.get(name) == change[0]:
@@ -261,6 +264,10 @@ def _from_weights(module: nn.Module) -> None:
             module.proj_size = kept.shape[1] if module.proj_size else 0
     elif isinstance(module, nn.RNNCellBase):
         module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
+    elif isinstance(module, nn.MultiheadAttention):
+        packed = module._parameters["in_proj_weight"]
+        apart = [module._parameters[f"{each}_proj_weight"] for each in "qkv"] if packed is None else [packed] * 3
+        module.embed_dim, module.kdim, module.vdim = (each.shape[1] for each in apart if each is not None)
     elif not isinstance(weight, torch.Tensor):
         return
     elif isinstance(module, nn.Linear):
