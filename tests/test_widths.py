@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -281,3 +282,28 @@ def test_of_two_numbers_the_one_that_counts_channels() -> None:
     net, x = Paths(), torch.randn(2, 5)
     pruned, _, _ = narrowed(net, x, lambda flow: [flow.tensors[id(net.first.weight)].layers[0].ravel()[[1, 5]]])
     assert (pruned.in_channels, pruned.num_paths, pruned.out.in_features) == (6, 2, 3)
+
+
+class _Attends(nn.Module):
+    """An attention whose residual stream is narrowed less than its heads are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, _ = self.attention(x, x, x, need_weights=False)
+        return self.head((x + y).mean(1))
+
+
+def test_an_attention_of_fewer_heads_comes_back_from_files(tmp_path: Path) -> None:
+    model, x = _Attends().eval(), torch.randn(2, 6, 32)
+    net = tt.prune_channels(model, x, 0.5)
+    assert type(net.attention) is NarrowAttention and net.attention.num_heads == 2
+    tt.save(net, tmp_path / "net.trim")
+    again = tt.load(tmp_path / "net.trim", model=_Attends()).eval()
+    assert type(again.attention) is NarrowAttention
+    assert torch.equal(again(x), net(x))
+    tt.export_onnx(net, x, tmp_path / "net.onnx")
+    assert tt.verify_onnx(tmp_path / "net.onnx", net, [torch.randn(3, 6, 32)]).passed

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchtrim.errors import InputError
@@ -48,3 +49,26 @@ def arguments_of(batch: Any, model: nn.Module, example: Inputs) -> Inputs:
             return arguments_of(batch[0], model, example)
         return Inputs.of(tuple(batch[: max(len(example.args), 1)]))
     return Inputs.of(batch)
+
+
+def answer_to(given: Inputs, model: nn.Module, number: int) -> Any:
+    """What a model says to a batch of data.
+
+    Args:
+        given: The arguments.
+        model: The model, called as it is.
+        number: Which batch it is, for the error.
+
+    Raises:
+        InputError: The forward refuses it.
+    """
+    try:
+        return given.call(model)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(
+            f"the model does not take the data: {type(error).__name__}: {str(error).rstrip('.')}",
+            path=f"data[{number}]",
+            found=given.describe(),
+        ) from error

@@ -17,6 +17,7 @@ from torchtrim.channels.groups import Dependencies, Group
 from torchtrim.channels.labels import Layer, varying
 from torchtrim.channels.units import IntArray
 from torchtrim.errors import InputError
+from torchtrim.graph.batches import answer_to
 from torchtrim.graph.copying import kept_random_state
 from torchtrim.graph.execution import no_fused_attention
 from torchtrim.graph.inputs import Inputs
@@ -68,16 +69,7 @@ def observations(
             empty = False
             counts.clear()
             given = arguments_in(batch, number, model, inputs)
-            try:
-                given.fresh().call(twin)
-            except (TypeError, ValueError, RuntimeError, IndexError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise InputError(
-                    f"the model does not take the data: {type(error).__name__}: {str(error).rstrip('.')}",
-                    path=f"data[{number}]",
-                    found=given.describe(),
-                ) from error
+            answer_to(given.fresh(), twin, number)
     if empty:
         raise InputError("the data gave no batches", path="data", hint="a list or a DataLoader; an iterator is used up")
     return [[reading.mean() for reading in _best(several)] for several in readings]

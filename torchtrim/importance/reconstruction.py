@@ -27,6 +27,7 @@ from torchtrim.channels.labels import varying
 from torchtrim.channels.select import FloatArray
 from torchtrim.channels.units import IntArray
 from torchtrim.errors import InputError
+from torchtrim.graph.batches import answer_to
 from torchtrim.graph.copying import kept_random_state
 from torchtrim.graph.execution import no_fused_attention
 from torchtrim.graph.inputs import Inputs
@@ -189,16 +190,7 @@ def _observe(model: nn.Module, readings: Mapping[str, _Reading], data: Iterable[
             given = arguments_in(batch, number, model, inputs).fresh()
             size = products.size = given.batch
             products.back = False
-            try:
-                output = given.map(with_gradient).call(twin)
-            except (TypeError, ValueError, RuntimeError, IndexError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise InputError(
-                    f"the model does not take the data: {type(error).__name__}: {str(error).rstrip('.')}",
-                    path=f"data[{number}]",
-                    found=given.describe(),
-                ) from error
+            output = answer_to(given.map(with_gradient), twin, number)
             projected = _projected(output, generator)
             products.back = True
             if projected is not None and starts:
