@@ -60,10 +60,13 @@ if TYPE_CHECKING:
     from torchtrim.models import load_model
     from torchtrim.recipe.recipe import Recipe
     from torchtrim.search.prune import prune_channels
+    from torchtrim.train.find_lr import RateTest, find_lr
+    from torchtrim.train.finetune import finetune
     from torchtrim.train.freeze import freeze, unfreeze
     from torchtrim.train.gradual_pruning import GradualPruning
     from torchtrim.train.groups import param_groups
     from torchtrim.train.optimizer import Synced, sync_optimizer
+    from torchtrim.train.outcome import FineTuning
     from torchtrim.train.recalibrate import Recalibration, recalibrate_batchnorm
     from torchtrim.train.sparsity import SparsityPenalty
 
@@ -119,10 +122,13 @@ _HOME = {
     "models": ("load_model",),
     "recipe.recipe": ("Recipe",),
     "search.prune": ("prune_channels",),
+    "train.find_lr": ("RateTest", "find_lr"),
+    "train.finetune": ("finetune",),
     "train.freeze": ("freeze", "unfreeze"),
     "train.gradual_pruning": ("GradualPruning",),
     "train.groups": ("param_groups",),
     "train.optimizer": ("Synced", "sync_optimizer"),
+    "train.outcome": ("FineTuning",),
     "train.recalibrate": ("Recalibration", "recalibrate_batchnorm"),
     "train.sparsity": ("SparsityPenalty",),
 }
@@ -149,6 +155,7 @@ __all__ = [
     "ExportError",
     "ExportMismatch",
     "ExportReport",
+    "FineTuning",
     "FuseBatchNorm",
     "GradualPruning",
     "GroupTensor",
@@ -166,6 +173,7 @@ __all__ = [
     "PathError",
     "Plan",
     "PruneChannels",
+    "RateTest",
     "Recalibration",
     "Recipe",
     "RecipeError",
@@ -187,6 +195,8 @@ __all__ = [
     "delete_channels",
     "export_onnx",
     "find",
+    "find_lr",
+    "finetune",
     "freeze",
     "fuse_batchnorm",
     "group_norm",

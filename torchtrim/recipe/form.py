@@ -68,19 +68,63 @@ class DataSection(_Section):
     std: Annotated[list[float] | None, Field(description="Deviation of each channel of pictures.")] = None
 
 
+def _learning(value: Any) -> Any:
+    names = ("all", "head", "gradual")
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, int) and key >= 0 for key in value):
+            raise ValueError("epochs, from 0 on, and what learns from each: {0: head, 2: layer4, 3: all}")
+    elif value is not None and value not in names:
+        raise ValueError(f"{', '.join(names)}, or epochs and what learns from each: {{0: head, 2: layer4}}")
+    return value
+
+
+class DistillSection(_Section):
+    """What is learnt from the teacher."""
+
+    temperature: Annotated[float, Field(description="Of the soft targets.", gt=0)] = 4.0
+    alpha: Annotated[float, Field(description="The share of the teacher's part in the loss.", ge=0, le=1)] = 0.5
+    hints: Annotated[
+        Literal["auto"] | dict[str, str] | None,
+        Field(description="auto, {student's path: teacher's path} or null: features to imitate."),
+    ] = "auto"
+
+
 class TrainingSection(_Section):
-    """A plain training of the edited model."""
+    """A training of the edited model: `torchtrim.finetune`."""
 
     data: Annotated[DataSection, _short("file"), Field(description="Labelled data.")]
     validation: Annotated[DataSection | None, _short("file"), Field(description="Labelled data to measure on.")] = None
     epochs: Annotated[int, Field(description="Passes over the data.", ge=1)] = 1
-    lr: Annotated[float, Field(description="Learning rate of the first epoch; it falls along a cosine.", gt=0)] = 1e-3
+    lr: Annotated[float, Field(description="The largest learning rate.", gt=0)] = 1e-3
+    schedule: Annotated[Literal["cosine", "linear", "constant", "plateau"], Field(description="How the rate goes.")] = (
+        "cosine"
+    )
+    warmup: Annotated[float, Field(description="Steps, or below 1 a share of all, in which it rises.", ge=0)] = 0.0
     optimizer: Annotated[Literal["adamw", "sgd"], Field(description="The optimizer.")] = "adamw"
     weight_decay: Annotated[float, Field(description="Weight decay of weights (not of biases and norms).", ge=0)] = 0.05
     layer_decay: Annotated[float, Field(description="Factor from each layer's rate to the one before.", gt=0, le=1)] = (
         1.0
     )
     freeze_upto: Annotated[str | None, Field(description="Hold all up to the end of this module.")] = None
+    unfreeze: Annotated[
+        str | dict[int, str | list[str]] | None,
+        BeforeValidator(_learning),
+        Field(description="all, head, gradual, or epochs and what learns from each: {0: head, 2: layer4, 3: all}."),
+    ] = None
+    label_smoothing: Annotated[float, Field(description="Of the cross-entropy.", ge=0, lt=1)] = 0.0
+    mixup: Annotated[float | None, Field(description="The alpha of mixup.", gt=0)] = None
+    accumulate: Annotated[int, Field(description="Batches of one step.", ge=1)] = 1
+    clip_norm: Annotated[float | None, Field(description="The largest norm of a step's gradients.", gt=0)] = None
+    ema: Annotated[float | None, Field(description="Decay of an average of the weights.", ge=0, lt=1)] = None
+    precision: Annotated[Literal["bf16", "fp16"] | None, Field(description="Mixed precision.")] = None
+    patience: Annotated[int | None, Field(description="End after so many epochs that were no better.", ge=1)] = None
+    keep: Annotated[
+        Literal["best", "last"] | None, Field(description="Which epoch's weights; the best where there is validation.")
+    ] = None
+    teacher: Annotated[
+        Literal["original"] | None, Field(description="original: imitate the model as it was before the edits.")
+    ] = None
+    distill: Annotated[DistillSection | None, Field(description="How, where there is a teacher.")] = None
     seed: Annotated[int, Field(description="Seed of the order of the rows and of dropout.", ge=0, lt=2**32)] = 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -27,13 +28,17 @@ from torchtrim.export.onnx import export_onnx
 from torchtrim.export.report import ExportReport
 from torchtrim.graph.copying import kept_random_state
 from torchtrim.graph.execution import inputs_from_spec
+from torchtrim.graph.held import hold, is_held
 from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.summary import Summary, short, summary
 from torchtrim.models import NamedModel, load_model
 from torchtrim.recipe.data import Batches, read_data
 from torchtrim.recipe.form import DataSection, ExportSection, ModelSection, RecipeForm, TrainingSection
 from torchtrim.search.prune import with_latencies
-from torchtrim.train.plain_loop import Training, train_plain
+from torchtrim.train.accelerating import refuse_without_accelerate
+from torchtrim.train.finetune import finetune
+from torchtrim.train.freeze import freeze, unfreeze
+from torchtrim.train.outcome import FineTuning
 
 NET = "net.trim"
 NEED_LABELS = ("taylor", "hessian")  # importances that look at gradients of the loss
@@ -67,7 +72,7 @@ class RecipeRun:
     history: History
     before: Summary
     after: Summary
-    training: Training | None
+    training: FineTuning | None
     export: ExportReport | None
     machine: Machine
     seconds: float
@@ -158,6 +163,8 @@ def run_recipe(
     """
     start = time.perf_counter()
     named, inputs = _start(form, folder, trusted)
+    if form.training is not None:
+        refuse_without_accelerate()
     # All data is looked at before any work is done.
     calibration = None if form.data is None else calibration_data(form.data, inputs, folder, edits())
     training = None if form.training is None else _training_data(form.training, inputs, folder)
@@ -168,7 +175,9 @@ def run_recipe(
         planned = plan(named.model, inputs, edits(), trusted=trusted)
         torch.manual_seed(form.model.seed)
         net = apply(named.model, inputs, edits(), data=calibration, trusted=trusted)
-    trained = None if form.training is None or training is None else _train(net, form.training, training, inputs)
+    trained = (
+        None if form.training is None or training is None else _train(net, form.training, training, inputs, named.model)
+    )
     net.eval()
     files = {"checkpoint": place / NET}
     save(net, workshop / NET)
@@ -254,20 +263,36 @@ def _training_data(section: TrainingSection, inputs: Inputs, folder: Path) -> tu
     return data, read_data(section.validation, inputs, folder=folder, labelled=True)
 
 
-def _train(net: nn.Module, section: TrainingSection, data: tuple[Batches, Batches | None], inputs: Inputs) -> Training:
-    return train_plain(
-        net,
-        data[0],
-        epochs=section.epochs,
-        lr=section.lr,
-        optimizer=section.optimizer,
-        weight_decay=section.weight_decay,
-        layer_decay=section.layer_decay,
-        freeze_upto=section.freeze_upto,
-        validation=data[1],
-        seed=section.seed,
-        example_inputs=inputs,
-    )
+def _train(
+    net: nn.Module,
+    section: TrainingSection,
+    data: tuple[Batches, Batches | None],
+    inputs: Inputs,
+    original: nn.Module,
+) -> FineTuning:
+    taught = None if section.teacher is None else original
+    options = section.model_dump(exclude={"data", "validation", "freeze_upto", "teacher"})
+    with _held(net, section.freeze_upto, inputs):
+        return finetune(net, data[0], data[1], **options, teacher=taught, example_inputs=inputs)
+
+
+@contextmanager
+def _held(net: nn.Module, upto: str | None, inputs: Inputs) -> Iterator[None]:
+    """Inside, all up to the end of a module is frozen; what was frozen before stays so afterwards."""
+    if upto is None:
+        yield
+        return
+    before = [name for name, parameter in net.named_parameters() if not parameter.requires_grad]
+    held = [path for path, module in net.named_modules() if is_held(module)]
+    frozen = freeze(net, upto=upto, example_inputs=inputs)
+    try:
+        yield
+    finally:
+        unfreeze(net, list(frozen.paths))
+        for name in before:
+            net.get_parameter(name).requires_grad_(False)
+        for path in held:
+            hold(net.get_submodule(path))
 
 
 def _export(

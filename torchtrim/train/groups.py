@@ -78,7 +78,7 @@ def param_groups(
             "no parameter of the model is trainable", found=type(model).__name__, hint="torchtrim.unfreeze(model, ...)"
         )
     given = _given_rates(model, lrs or {})
-    layers = {} if layer_decay == 1 else _layers(model, example_inputs)
+    layers = {} if layer_decay == 1 else depths(model, example_inputs)
     last = max(layers.values(), default=0)
     exempt = _without_decay(model, no_decay)
 
@@ -169,7 +169,7 @@ def _named(model: nn.Module, globs: Iterable[str]) -> set[nn.Parameter]:
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def _layers(model: nn.Module, example_inputs: ExampleInputs | None) -> dict[str, int]:
+def depths(model: nn.Module, example_inputs: ExampleInputs | None) -> dict[str, int]:
     """The number of the layer of each parameter, from 0 for the first."""
     matcher = getattr(model, "group_matcher", None)
     if callable(matcher):

@@ -1,0 +1,115 @@
+"""The same training in two processes as in one: losses, weights and decisions; and only one of them writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchtrim.train.finetune import finetune
+from torchtrim.train.shares import Shares
+
+SCRIPT = """
+import json, os, sys
+sys.path.insert(0, sys.argv[2])
+from test_finetune_processes import train
+rank = int(os.environ["RANK"])
+folder = sys.argv[1]
+found = train(f"{folder}/run")
+open(f"{folder}/{rank}.json", "w").write(json.dumps(found))
+"""
+
+
+def train(folder: str) -> dict[str, Any]:
+    """Shuffled, the last batch of an epoch having an odd row, the head first, two batches a step, stopping early."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3))
+    x = torch.randn(45, 8)
+    data = TensorDataset(x, (x[:, :3].argmax(1)))
+    done = finetune(
+        model,
+        DataLoader(data, batch_size=4, shuffle=True),
+        list(zip(x.split(7), x[:, :3].argmax(1).split(7), strict=True)),
+        epochs=9,
+        unfreeze={0: "head", 1: "all"},
+        lr=0.2,
+        accumulate=2,
+        patience=3,
+        clip_norm=1.0,
+        ema=0.9,
+        folder=folder,
+    )
+    epochs = [epoch.to_dict() | {"seconds": 0} for epoch in done.epochs]
+    weights = {name: value.tolist() for name, value in model.state_dict().items()}
+    return {"epochs": epochs, "best": done.best, "rows": done.rows, "weights": weights, "processes": done.processes}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]], Path]:
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "script.py").write_text(SCRIPT)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        folder / "script.py",
+    ]
+    run = subprocess.run(
+        [*map(str, command), str(folder), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return train(str(folder / "alone")), [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)], folder
+
+
+def test_two_processes_make_the_steps_of_one(both: Any) -> None:
+    alone, two, _ = both
+    assert (alone["processes"], two[0]["processes"], alone["rows"]) == (1, 2, 45)
+    assert len(two[0]["epochs"]) == len(alone["epochs"])
+    for one, other in zip(alone["epochs"], two[0]["epochs"], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert other["val_metric"] == pytest.approx(one["val_metric"], abs=1e-6)
+    for name, value in alone["weights"].items():
+        assert torch.allclose(torch.tensor(value), torch.tensor(two[0]["weights"][name]), atol=1e-5), name
+
+
+def test_every_process_decides_the_same(both: Any) -> None:
+    _, two, _ = both
+    assert two[0] == two[1]
+
+
+def test_one_process_writes(both: Any) -> None:
+    _, _, folder = both
+    names = {"best.trim", "last.trim", "state.pt"}
+    assert {path.name for path in (folder / "run").iterdir()} == names
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shares_of_a_loader_are_its_batches(workers: int) -> None:
+    def loader() -> DataLoader[Any]:
+        return DataLoader(TensorDataset(torch.arange(11)), batch_size=4, shuffle=True, num_workers=workers)
+
+    torch.manual_seed(3)
+    whole = [batch[0].tolist() for batch in loader()]
+    shares = []
+    for rank in (0, 1):
+        torch.manual_seed(3)
+        shares.append(list(Shares(loader(), rank, 2)))
+    for batch, one, other in zip(whole, *shares, strict=True):
+        assert one.batch[0].tolist() == batch[::2]
+        assert other.batch[0].tolist() == batch[1::2]
+        assert (one.rows, other.rows, one.total) == (len(batch[::2]), len(batch[1::2]), len(batch))
