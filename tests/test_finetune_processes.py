@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import torchtrim as tt
 from torchtrim.train.finetune import finetune
 from torchtrim.train.shares import Shares
 
@@ -26,13 +27,36 @@ folder = sys.argv[1]
 found = train(f"{folder}/run")
 open(f"{folder}/{rank}.json", "w").write(json.dumps(found))
 """
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from test_finetune_processes import train, steps
+steps(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == 17 else None)
+train(sys.argv[1])
+"""
+_after_step: list[Any] = []
 
 
-def train(folder: str) -> dict[str, Any]:
-    """Shuffled, the last batch of an epoch having an odd row, the head first, two batches a step, stopping early."""
+def steps(call: Any) -> None:
+    """Call with the number of each forward of the student in train mode."""
+    _after_step.append(call)
+
+
+def train(folder: str, resume: bool = False) -> dict[str, Any]:
+    """Shuffled, the last batch of an epoch having an odd row, the head first, two batches a step, a teacher with hints,
+    masks, an average, stopping early."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3))
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 12), nn.Linear(12, 3))
+    teacher = nn.Sequential(nn.Linear(8, 24), nn.LayerNorm(24), nn.ReLU(), nn.Linear(24, 12), nn.Linear(12, 3))
+    count = [0]
+
+    def counted(module: nn.Module, _args: Any) -> None:
+        count[0] += module.training
+        for call in _after_step:
+            call(count[0])
+
+    model.register_forward_pre_hook(counted)
     x = torch.randn(45, 8)
     data = TensorDataset(x, (x[:, :3].argmax(1)))
     done = finetune(
@@ -46,7 +70,13 @@ def train(folder: str) -> dict[str, Any]:
         patience=3,
         clip_norm=1.0,
         ema=0.9,
+        teacher=teacher,
+        distill={"temperature": 2.0, "hints": {"2": "2"}},
+        pruner=lambda net, optimizer: tt.MagnitudePruner(
+            net, tt.PolynomialDecay(0.2, 0.6, end=20, every=4), optimizer=optimizer, include=["0", "3"]
+        ),
         folder=folder,
+        resume=resume,
     )
     epochs = [epoch.to_dict() | {"seconds": 0} for epoch in done.epochs]
     weights = {name: value.tolist() for name, value in model.state_dict().items()}
@@ -96,6 +126,18 @@ def test_one_process_writes(both: Any) -> None:
     _, _, folder = both
     names = {"best.trim", "last.trim", "state.pt"}
     assert {path.name for path in (folder / "run").iterdir()} == names
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(both: Any, tmp_path: Path) -> None:
+    """Killed in the middle of its second epoch; the run of the other tests was not."""
+    alone, _, folder = both
+    run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run"), str(Path(__file__).parent)], check=False)
+    assert run.returncode == -9
+    assert len(torch.load(tmp_path / "run" / "state.pt", weights_only=True)["epochs"]) == 1
+    again = train(str(tmp_path / "run"), resume=True)
+    assert again == alone
+    for name in ("best.trim", "last.trim"):
+        assert (tmp_path / "run" / name).read_bytes() == (folder / "alone" / name).read_bytes()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

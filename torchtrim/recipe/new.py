@@ -36,12 +36,14 @@ edits: []                       # what is done to the model, in this order; inst
 {edits}
 # head: {{num_classes: 10, dropout: 0.1}} # a new head, after all edits
 
-# training:                     # a plain training of the result
+# training:                     # of the result; needs torchtrim[train]
 #   data: {{file: train/}}        # a folder of pictures for each class, or {{file: train.npz, targets: labels}}
 #   validation: {{file: val/}}
 #   epochs: 3
 #   lr: 1.0e-3
+#   schedule: cosine            # or linear, constant, plateau
 #   optimizer: adamw            # or sgd
+#   unfreeze: {{0: head, 1: all}} # or all, head, gradual
 #   freeze_upto: {frozen}
 
 export:                         # the ONNX file; null for none
