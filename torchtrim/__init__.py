@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torchtrim.edits.remove import Remove, remove
     from torchtrim.edits.replace import Old, Replace, replace
     from torchtrim.edits.replacements import group_norm
+    from torchtrim.edits.sparsify import Sparsify, sparsify
     from torchtrim.errors import (
         CheckFailed,
         CheckpointDamaged,
@@ -63,9 +64,12 @@ if TYPE_CHECKING:
     from torchtrim.train.freeze import freeze, unfreeze
     from torchtrim.train.gradual_pruning import GradualPruning
     from torchtrim.train.groups import param_groups
+    from torchtrim.train.magnitude_pruner import MagnitudePruner
     from torchtrim.train.optimizer import Synced, sync_optimizer
     from torchtrim.train.recalibrate import Recalibration, recalibrate_batchnorm
     from torchtrim.train.sparsity import SparsityPenalty
+    from torchtrim.train.sparsity_report import SparsityReport
+    from torchtrim.train.sparsity_schedule import ConstantSparsity, OneShotSparsity, PolynomialDecay
 
 _HOME = {
     "bench.latency": ("Benchmark", "benchmark"),
@@ -86,6 +90,7 @@ _HOME = {
     "edits.remove": ("Remove", "remove"),
     "edits.replace": ("Old", "Replace", "replace"),
     "edits.replacements": ("group_norm",),
+    "edits.sparsify": ("Sparsify", "sparsify"),
     "errors": (
         "CheckFailed",
         "CheckpointDamaged",
@@ -122,9 +127,12 @@ _HOME = {
     "train.freeze": ("freeze", "unfreeze"),
     "train.gradual_pruning": ("GradualPruning",),
     "train.groups": ("param_groups",),
+    "train.magnitude_pruner": ("MagnitudePruner",),
     "train.optimizer": ("Synced", "sync_optimizer"),
     "train.recalibrate": ("Recalibration", "recalibrate_batchnorm"),
     "train.sparsity": ("SparsityPenalty",),
+    "train.sparsity_report": ("SparsityReport",),
+    "train.sparsity_schedule": ("ConstantSparsity", "OneShotSparsity", "PolynomialDecay"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -140,6 +148,7 @@ __all__ = [
     "CheckpointMismatch",
     "CheckpointTooNew",
     "CheckpointUntrusted",
+    "ConstantSparsity",
     "Cut",
     "DeleteChannels",
     "Edit",
@@ -157,14 +166,17 @@ __all__ = [
     "History",
     "InputError",
     "Insert",
+    "MagnitudePruner",
     "MissingDependency",
     "ModelError",
     "ModuleGraph",
     "ModuleSpec",
     "Node",
     "Old",
+    "OneShotSparsity",
     "PathError",
     "Plan",
+    "PolynomialDecay",
     "PruneChannels",
     "Recalibration",
     "Recipe",
@@ -172,7 +184,9 @@ __all__ = [
     "Remove",
     "Replace",
     "SelectionError",
+    "Sparsify",
     "SparsityPenalty",
+    "SparsityReport",
     "Summary",
     "Synced",
     "TorchTrimError",
@@ -201,6 +215,7 @@ __all__ = [
     "remove",
     "replace",
     "save",
+    "sparsify",
     "summary",
     "sync_optimizer",
     "trace",

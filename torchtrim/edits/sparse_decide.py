@@ -51,6 +51,10 @@ def decide(
     """
     masks: Masks = {}
     edges: dict[str, float | None] = {}
+    if asked.pattern is not None:  # a weight may have been narrowed since
+        odd = [weight for weight in weights if weight.inputs % asked.groups[1]]
+        masks |= {weight.name: gone[weight.name] for weight in odd if gone is not None and weight.name in gone}
+        weights = [weight for weight in weights if weight not in odd]
     told = asked.importance == "magnitude" and asked.pattern is None
     with torch.no_grad():
         if asked.scope == "global":

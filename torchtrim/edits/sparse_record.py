@@ -104,7 +104,9 @@ class Sparsified:
     def told(self) -> str:
         """The totals, in words."""
         zeros, weights = totals(self.layers)
-        return f"{zeros:,} of {weights:,} weights in {len(self.layers)} tensors are zero ({zeros / max(weights, 1):.2%})"
+        return (
+            f"{zeros:,} of {weights:,} weights in {len(self.layers)} tensors are zero ({zeros / max(weights, 1):.2%})"
+        )
 
 
 def layers_of(gone: Mapping[str, torch.Tensor], thresholds: Mapping[str, float | None]) -> tuple[SparseLayer, ...]:

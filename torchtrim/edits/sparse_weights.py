@@ -261,5 +261,7 @@ def _ordered(
     execution = run_if_known(model, inputs)
     if execution is None:
         return fit
-    ticks = {held: [execution.first_use[name] for name, _, _ in places[held] if name in execution.first_use] for held in fit}
+    ticks = {
+        held: [execution.first_use[name] for name, _, _ in places[held] if name in execution.first_use] for held in fit
+    }
     return sorted((held for held in fit if ticks[held]), key=lambda held: min(ticks[held]))

@@ -15,7 +15,7 @@ from torchtrim.edits.apply import run
 from torchtrim.edits.budget import plain_number
 from torchtrim.edits.edit import Edit
 from torchtrim.edits.sparse_decide import Masks, decide, numbers_of
-from torchtrim.edits.sparse_record import Sparsified, reasons
+from torchtrim.edits.sparse_record import Sparsified
 from torchtrim.edits.sparse_weights import choose, held_at
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import CheckFailed, EditError, InputError
@@ -23,7 +23,7 @@ from torchtrim.graph import check as checks
 from torchtrim.graph.check import Side
 from torchtrim.graph.copying import is_meta, unwrap
 from torchtrim.graph.inputs import ExampleInputs
-from torchtrim.graph.paths import What, spelled
+from torchtrim.graph.paths import What, several, spelled
 from torchtrim.importance.weights import Pool, check_importance
 
 SparseScope = Literal["uniform", "global"]
@@ -157,7 +157,10 @@ class Sparsify(Edit):
             own = 1 - kept / of
             if plain.get("sparsity", own) != own and not _near(plain["sparsity"], own):
                 raise EditError(
-                    f"the pattern {self.pattern} is a sparsity of its own", path="sparsity", found=self.sparsity, expected=own
+                    f"the pattern {self.pattern} is a sparsity of its own",
+                    path="sparsity",
+                    found=self.sparsity,
+                    expected=own,
                 )
             plain["sparsity"] = own
         if (self.sparsity is None and self.pattern is None) == (self.thresholds is None):
@@ -179,8 +182,8 @@ class Sparsify(Edit):
         if self.thresholds is not None and self.importance != "magnitude":
             raise EditError("thresholds are magnitudes", path="importance", found=self.importance)
         if self.include is not None:
-            plain["include"] = tuple(map(_key, (self.include,) if isinstance(self.include, str) else self.include))
-        plain["exclude"] = tuple(map(_key, (self.exclude,) if isinstance(self.exclude, str) else self.exclude))
+            plain["include"] = tuple(map(_key, several(self.include)))
+        plain["exclude"] = tuple(map(_key, several(self.exclude)))
         plain["max_sparsity"] = fraction(self.max_sparsity, "max_sparsity", most=1.0)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
@@ -196,7 +199,10 @@ class Sparsify(Edit):
         kept, of = (int(found[1]), int(found[2])) if found else (0, 0)
         if not 0 < kept < of:
             raise EditError(
-                "no pattern of N of M weights that stay", path="pattern", found=repr(self.pattern), expected='like "2:4"'
+                "no pattern of N of M weights that stay",
+                path="pattern",
+                found=repr(self.pattern),
+                expected='like "2:4"',
             )
         return kept, of
 
@@ -209,25 +215,21 @@ class Sparsify(Edit):
     def perform(self, work: Work) -> Sparsify:
         """Do it on `work.model`; returns the record with the masks."""
         if self.decided is not None:
-            gone = self.decided.gone()
-            put(work, gone)
-            work.notes += [self.decided.told(), *self.decided.notes]
-            done = self
+            gone, decided = self.decided.gone(), self.decided
         else:
             chosen = choose(work.model, self.include, self.exclude, also=self.by_path, inputs=work.inputs)
             taking, numbers, left = numbers_of(self, work.model, chosen.weights)
             whole = self.sparsity if isinstance(self.sparsity, float) else 0.0
             gone, thresholds = decide(self, taking, numbers, sparsity=whole)
-            put(work, gone)
             decided = Sparsified.of(gone, thresholds, chosen.left_out | left)
-            work.notes += [decided.told(), *reasons(decided.left_out)]
-            done = replace(self, decided=decided)
+        put(work, gone)
+        work.notes += decided.told()
         work.joints += [
             Joint(name, None, None, f"sparsity {float(mask.float().mean()):.2%}") for name, mask in gone.items()
         ]
         if work.check:
             work.checked += _runs(work)
-        return done
+        return replace(self, decided=decided)
 
 
 def asked_for(model: nn.Module, sparsity: float | Mapping[Any, float] | None, **settings: Any) -> Sparsify:
@@ -287,7 +289,7 @@ def fraction(given: object, path: str, most: float = 0.0) -> float:
         0.5
     """
     number = plain_number(given)
-    if number is None or not 0 <= number < 1 and number != most:
+    if number is None or (not 0 <= number < 1 and number != most):
         raise EditError(
             "a sparsity is the fraction of the weights that are zero",
             path=path,
@@ -318,7 +320,9 @@ def _near(one: Any, other: float) -> bool:
 
 def _key(given: object) -> str:
     if not isinstance(given, str):
-        raise EditError("a record names weights by paths and globs", found=repr(given), hint="tt.sparsify, which takes types")
+        raise EditError(
+            "a record names weights by paths and globs", found=repr(given), hint="tt.sparsify, which takes types"
+        )
     return given
 
 

@@ -48,7 +48,7 @@ def weight_scores(name: str, weight: torch.Tensor, importance: str, gone: torch.
         scores = scores if scores.dtype == torch.float64 else scores.float()
     else:
         seed = int(importance.partition(":")[2] or 0)
-        generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))  # it takes 32 bits, no more
         scores = torch.rand(weight.shape, generator=generator).to(weight.device) * (weight != 0)
     return scores if gone is None else scores.masked_fill(gone, _GONE)
 
@@ -147,7 +147,9 @@ def blocks(scores: torch.Tensor, shape: Sequence[int], pool: Pool) -> Units:
     sides = [min(side, size) for side, size in zip(sides, scores.shape, strict=True)]
     grid = [-(-size // side) for side, size in zip(sides, scores.shape, strict=True)]
     whole = [count * side for count, side in zip(grid, sides, strict=True)]
-    padding = [pair for size, full in reversed(list(zip(scores.shape, whole, strict=True))) for pair in (0, full - size)]
+    padding = [
+        pair for size, full in reversed(list(zip(scores.shape, whole, strict=True))) for pair in (0, full - size)
+    ]
     tiled = [number for pair in zip(grid, sides, strict=True) for number in pair]
     within = tuple(range(1, len(tiled), 2))
 

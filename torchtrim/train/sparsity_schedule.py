@@ -9,7 +9,6 @@ from torchtrim.edits.budget import plain_number
 from torchtrim.edits.sparsify import fraction
 from torchtrim.errors import EditError
 
-
 _NEEDED = -1  # of an argument behind others that may be left out
 
 
@@ -66,7 +65,9 @@ class PolynomialDecay:
     def __post_init__(self) -> None:
         initial, final = fraction(self.initial, "initial"), fraction(self.final, "final")
         if final < initial:
-            raise EditError("what is pruned does not come back", path="final", found=final, expected=f"{initial} or more")
+            raise EditError(
+                "what is pruned does not come back", path="final", found=final, expected=f"{initial} or more"
+            )
         if self.end == _NEEDED:
             raise EditError("when is the final sparsity to be reached?", path="end", hint="end=, a number of steps")
         _check_range(self.begin, self.end, self.every)
@@ -163,6 +164,11 @@ class OneShotSparsity:
     def final(self) -> float:
         """The sparsity that is reached in the end."""
         return self.target
+
+    @property
+    def end(self) -> int:
+        """The last step at which weights are pruned."""
+        return self.step
 
     def at(self, step: int) -> float:
         """The sparsity that belongs to a step: 0 before it."""
