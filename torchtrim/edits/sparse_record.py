@@ -101,12 +101,12 @@ class Sparsified:
             )
         return {layer.path: unpack(self.masks[layer.path], layer.shape, name=layer.path) == 0 for layer in self.layers}
 
-    def told(self) -> str:
-        """The totals, in words."""
+    def told(self) -> tuple[str, ...]:
+        """The totals, what the user was told, and what was left out: in words."""
         zeros, weights = totals(self.layers)
-        return (
-            f"{zeros:,} of {weights:,} weights in {len(self.layers)} tensors are zero ({zeros / max(weights, 1):.2%})"
-        )
+        share = zeros / max(weights, 1)
+        total = f"{zeros:,} of {weights:,} weights in {len(self.layers)} tensors are zero ({share:.2%})"
+        return (total, *self.notes, *reasons(self.left_out))
 
 
 def layers_of(gone: Mapping[str, torch.Tensor], thresholds: Mapping[str, float | None]) -> tuple[SparseLayer, ...]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from torchtrim.edits.history import Applied, count_params, record
 from torchtrim.edits.sparse_decide import decide, numbers_of
-from torchtrim.edits.sparse_record import SparseLayer, Sparsified, reasons
+from torchtrim.edits.sparse_record import SparseLayer, Sparsified
 from torchtrim.edits.sparse_weights import choose
 from torchtrim.edits.sparsify import SparseScope, Sparsify, asked_for
 from torchtrim.errors import EditError
@@ -325,9 +325,8 @@ class MagnitudePruner:
         decided = Sparsified.of(self._masks.whole(), self._edges, self._left_out, notes)
         edit: Sparsify = replace(self._asked, decided=decided)
         count = count_params(self.model)
-        told = (decided.told(), *notes, *reasons(self._left_out))
         inputs = known_inputs(self.model) or self._inputs or Inputs()
-        record(self.model, self.model, inputs, Applied(edit, count, count, told, self._checked()))
+        record(self.model, self.model, inputs, Applied(edit, count, count, decided.told(), self._checked()))
 
     def _checked(self) -> tuple[str, ...]:
         """Look whether everything that the masks hold at zero is.
