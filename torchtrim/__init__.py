@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torchtrim.edits.apply import apply
     from torchtrim.edits.budget import Budget
     from torchtrim.edits.channels import DeleteChannels, delete_channels
+    from torchtrim.edits.cluster import ClusterWeights, cluster_weights
     from torchtrim.edits.cut import Cut, cut
     from torchtrim.edits.edit import Edit
     from torchtrim.edits.fuse import FuseBatchNorm, fuse_batchnorm
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from torchtrim.train.sparsity import SparsityPenalty
     from torchtrim.train.sparsity_report import SparsityReport
     from torchtrim.train.sparsity_schedule import ConstantSparsity, OneShotSparsity, PolynomialDecay
+    from torchtrim.train.weight_clustering import ClusterReport, WeightClustering
 
 _HOME = {
     "bench.latency": ("Benchmark", "benchmark"),
@@ -78,6 +80,7 @@ _HOME = {
     "edits.apply": ("apply",),
     "edits.budget": ("Budget",),
     "edits.channels": ("DeleteChannels", "delete_channels"),
+    "edits.cluster": ("ClusterWeights", "cluster_weights"),
     "edits.cut": ("Cut", "cut"),
     "edits.edit": ("Edit",),
     "edits.fuse": ("FuseBatchNorm", "fuse_batchnorm"),
@@ -133,6 +136,7 @@ _HOME = {
     "train.sparsity": ("SparsityPenalty",),
     "train.sparsity_report": ("SparsityReport",),
     "train.sparsity_schedule": ("ConstantSparsity", "OneShotSparsity", "PolynomialDecay"),
+    "train.weight_clustering": ("ClusterReport", "WeightClustering"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -148,6 +152,8 @@ __all__ = [
     "CheckpointMismatch",
     "CheckpointTooNew",
     "CheckpointUntrusted",
+    "ClusterReport",
+    "ClusterWeights",
     "ConstantSparsity",
     "Cut",
     "DeleteChannels",
@@ -193,10 +199,12 @@ __all__ = [
     "TorchTrimWarning",
     "TraceError",
     "Verification",
+    "WeightClustering",
     "__version__",
     "apply",
     "attach_head",
     "benchmark",
+    "cluster_weights",
     "cut",
     "delete_channels",
     "export_onnx",

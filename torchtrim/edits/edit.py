@@ -19,7 +19,7 @@ EditT = TypeVar("EditT", bound="Edit")
 
 _KINDS: dict[str, type[Edit]] = {}
 # Where the kinds are defined: imported when a record of a kind that was not met yet is read.
-_HOMES = ("cut", "head", "remove", "insert", "replace", "fuse", "channels", "prune", "sparsify")
+_HOMES = ("cut", "head", "remove", "insert", "replace", "fuse", "channels", "prune", "sparsify", "cluster")
 
 
 @dataclass(frozen=True)

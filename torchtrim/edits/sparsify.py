@@ -228,7 +228,7 @@ class Sparsify(Edit):
             Joint(name, None, None, f"sparsity {float(mask.float().mean()):.2%}") for name, mask in gone.items()
         ]
         if work.check:
-            work.checked += _runs(work)
+            work.checked += finite_still(work)
         return replace(self, decided=decided)
 
 
@@ -270,8 +270,8 @@ def put(work: Work, gone: Masks) -> None:
             )
     for name, mask in gone.items():
         weight = held[name]
-        if weight.is_meta or _is_hollow(weight):
-            continue  # its values are read later
+        if has_no_values(weight):
+            continue  # they are read later
         path, _, key = name.rpartition(".")
         mask = mask.to(weight.device)
         new = work.reshape(work.model.get_submodule(path), key, weight.detach().masked_fill(mask, 0))
@@ -299,9 +299,11 @@ def fraction(given: object, path: str, most: float = 0.0) -> float:
     return float(number)
 
 
-def _is_hollow(weight: torch.Tensor) -> bool:
-    """Whether it is one zero that stands for all values."""
-    return weight.numel() > 1 and not any(weight.stride()) and not bool(weight.detach()[(0,) * weight.dim()])
+def has_no_values(weight: torch.Tensor) -> bool:
+    """Whether a weight is on the meta device, or one zero that stands for all values."""
+    return weight.is_meta or (
+        weight.numel() > 1 and not any(weight.stride()) and not bool(weight.detach()[(0,) * weight.dim()])
+    )
 
 
 def _by_path(model: nn.Module, given: Any) -> Any:
@@ -341,8 +343,12 @@ def _sides(given: object) -> tuple[int, ...]:
     return tuple(whole)
 
 
-def _runs(work: Work) -> list[str]:
-    """Run the result once, in eval mode."""
+def finite_still(work: Work) -> list[str]:
+    """Run the result once, in eval mode.
+
+    Raises:
+        CheckFailed: An output that was finite is not any more.
+    """
     if is_meta(work.model):
         return ["not run: the model is on the meta device"]
     if not work.inputs.tensors:
