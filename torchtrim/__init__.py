@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torchtrim.edits.apply import apply
     from torchtrim.edits.budget import Budget
     from torchtrim.edits.channels import DeleteChannels, delete_channels
+    from torchtrim.edits.cluster import ClusterWeights, cluster_weights
     from torchtrim.edits.cut import Cut, cut
     from torchtrim.edits.edit import Edit
     from torchtrim.edits.fuse import FuseBatchNorm, fuse_batchnorm
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torchtrim.edits.remove import Remove, remove
     from torchtrim.edits.replace import Old, Replace, replace
     from torchtrim.edits.replacements import group_norm
+    from torchtrim.edits.sparsify import Sparsify, sparsify
     from torchtrim.errors import (
         CheckFailed,
         CheckpointDamaged,
@@ -65,10 +67,14 @@ if TYPE_CHECKING:
     from torchtrim.train.freeze import freeze, unfreeze
     from torchtrim.train.gradual_pruning import GradualPruning
     from torchtrim.train.groups import param_groups
+    from torchtrim.train.magnitude_pruner import MagnitudePruner
     from torchtrim.train.optimizer import Synced, sync_optimizer
     from torchtrim.train.outcome import FineTuning
     from torchtrim.train.recalibrate import Recalibration, recalibrate_batchnorm
     from torchtrim.train.sparsity import SparsityPenalty
+    from torchtrim.train.sparsity_report import SparsityReport
+    from torchtrim.train.sparsity_schedule import ConstantSparsity, OneShotSparsity, PolynomialDecay
+    from torchtrim.train.weight_clustering import ClusterReport, WeightClustering
 
 _HOME = {
     "bench.latency": ("Benchmark", "benchmark"),
@@ -77,6 +83,7 @@ _HOME = {
     "edits.apply": ("apply",),
     "edits.budget": ("Budget",),
     "edits.channels": ("DeleteChannels", "delete_channels"),
+    "edits.cluster": ("ClusterWeights", "cluster_weights"),
     "edits.cut": ("Cut", "cut"),
     "edits.edit": ("Edit",),
     "edits.fuse": ("FuseBatchNorm", "fuse_batchnorm"),
@@ -89,6 +96,7 @@ _HOME = {
     "edits.remove": ("Remove", "remove"),
     "edits.replace": ("Old", "Replace", "replace"),
     "edits.replacements": ("group_norm",),
+    "edits.sparsify": ("Sparsify", "sparsify"),
     "errors": (
         "CheckFailed",
         "CheckpointDamaged",
@@ -127,10 +135,14 @@ _HOME = {
     "train.freeze": ("freeze", "unfreeze"),
     "train.gradual_pruning": ("GradualPruning",),
     "train.groups": ("param_groups",),
+    "train.magnitude_pruner": ("MagnitudePruner",),
     "train.optimizer": ("Synced", "sync_optimizer"),
     "train.outcome": ("FineTuning",),
     "train.recalibrate": ("Recalibration", "recalibrate_batchnorm"),
     "train.sparsity": ("SparsityPenalty",),
+    "train.sparsity_report": ("SparsityReport",),
+    "train.sparsity_schedule": ("ConstantSparsity", "OneShotSparsity", "PolynomialDecay"),
+    "train.weight_clustering": ("ClusterReport", "WeightClustering"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -146,6 +158,9 @@ __all__ = [
     "CheckpointMismatch",
     "CheckpointTooNew",
     "CheckpointUntrusted",
+    "ClusterReport",
+    "ClusterWeights",
+    "ConstantSparsity",
     "Cut",
     "DeleteChannels",
     "Edit",
@@ -164,14 +179,17 @@ __all__ = [
     "History",
     "InputError",
     "Insert",
+    "MagnitudePruner",
     "MissingDependency",
     "ModelError",
     "ModuleGraph",
     "ModuleSpec",
     "Node",
     "Old",
+    "OneShotSparsity",
     "PathError",
     "Plan",
+    "PolynomialDecay",
     "PruneChannels",
     "RateTest",
     "Recalibration",
@@ -180,17 +198,21 @@ __all__ = [
     "Remove",
     "Replace",
     "SelectionError",
+    "Sparsify",
     "SparsityPenalty",
+    "SparsityReport",
     "Summary",
     "Synced",
     "TorchTrimError",
     "TorchTrimWarning",
     "TraceError",
     "Verification",
+    "WeightClustering",
     "__version__",
     "apply",
     "attach_head",
     "benchmark",
+    "cluster_weights",
     "cut",
     "delete_channels",
     "export_onnx",
@@ -211,6 +233,7 @@ __all__ = [
     "remove",
     "replace",
     "save",
+    "sparsify",
     "summary",
     "sync_optimizer",
     "trace",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torchtrim.edits.edit import Edit, from_list
-from torchtrim.edits.history import Applied, History, count_params, history, record
+from torchtrim.edits.history import Applied, History, count_params, history, record, recorded_inputs
 from torchtrim.edits.kept_module import kept_if_it_fails
 from torchtrim.edits.module_spec import ModuleSpec, Trusted
 from torchtrim.edits.work import Work
@@ -19,7 +19,7 @@ from torchtrim.errors import EditError, PathError, SelectionError, TorchTrimErro
 from torchtrim.graph.check import untrainable
 from torchtrim.graph.copying import full_copy, structural_copy, unwrap
 from torchtrim.graph.execution import inputs_from_spec
-from torchtrim.graph.inputs import ExampleInputs
+from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.paths import may_lie_in
 from torchtrim.graph.reader import inputs_for
 
@@ -110,7 +110,9 @@ def _run(
     data: Iterable[Any] | None,
     trusted: Trusted,
 ) -> nn.Module:
-    inputs = inputs_for(model, example_inputs)
+    known = example_inputs is not None or recorded_inputs(model) is not None
+    needed = known or not edits or any(edit.needs_inputs for edit in edits)
+    inputs = inputs_for(model, example_inputs) if needed else Inputs()
     twin = structural_copy(model)
     originals = dict(zip(map(id, twin.modules()), model.modules(), strict=True))
     keep_alive = list(twin.modules())  # their ids must not be given to others

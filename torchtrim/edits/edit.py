@@ -19,7 +19,7 @@ EditT = TypeVar("EditT", bound="Edit")
 
 _KINDS: dict[str, type[Edit]] = {}
 # Where the kinds are defined: imported when a record of a kind that was not met yet is read.
-_HOMES = ("cut", "head", "remove", "insert", "replace", "fuse", "channels", "prune")
+_HOMES = ("cut", "head", "remove", "insert", "replace", "fuse", "channels", "prune", "sparsify", "cluster")
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,13 @@ class Edit:
         kind: The name of the edit, in records and recipes.
         version: The version of the record's form.
         joins: Whether it puts ends together that were apart, so that gradients have to be looked at again.
+        needs_inputs: Whether it can only be done with example inputs.
     """
 
     kind: ClassVar[str] = "edit"
     version: ClassVar[int] = 1
     joins: ClassVar[bool] = True
+    needs_inputs: ClassVar[bool] = True
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

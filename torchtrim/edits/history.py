@@ -74,7 +74,8 @@ class History:
 
     Attributes:
         origin: The class of the model that the first edit was done on, as `module:name`.
-        inputs: The shapes of the example inputs, as plain data; `None` for a model that was never edited.
+        inputs: The shapes of the example inputs, as plain data; `None` for a model that was never edited, or only in
+            ways that need none.
         entries: The edits.
     """
 
@@ -164,9 +165,9 @@ def recorded_inputs(model: nn.Module) -> Inputs | None:
 
 
 def record(before: nn.Module, after: nn.Module, inputs: Inputs, applied: Applied) -> None:
-    """Write an edit into the history of the model that came out of it."""
+    """Write an edit into the history of the model that came out of it; inputs without tensors are none."""
     past = history(before)
-    shapes = spec_of(inputs)
+    shapes = spec_of(inputs) if inputs.tensors else past.inputs
     after.__dict__[_ATTRIBUTE] = replace(past, inputs=shapes, entries=(*past.entries, applied))
     after.__dict__[_INPUTS] = shapes
     if _FACTORY in before.__dict__:
