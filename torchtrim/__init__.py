@@ -60,12 +60,16 @@ if TYPE_CHECKING:
     from torchtrim.models import load_model
     from torchtrim.recipe.recipe import Recipe
     from torchtrim.search.prune import prune_channels
+    from torchtrim.train.distilled import Distilled
+    from torchtrim.train.distiller import Distiller
     from torchtrim.train.freeze import freeze, unfreeze
     from torchtrim.train.gradual_pruning import GradualPruning
     from torchtrim.train.groups import param_groups
+    from torchtrim.train.hints import Hint
     from torchtrim.train.optimizer import Synced, sync_optimizer
     from torchtrim.train.recalibrate import Recalibration, recalibrate_batchnorm
     from torchtrim.train.sparsity import SparsityPenalty
+    from torchtrim.train.teacher_cache import TeacherCache
 
 _HOME = {
     "bench.latency": ("Benchmark", "benchmark"),
@@ -119,12 +123,16 @@ _HOME = {
     "models": ("load_model",),
     "recipe.recipe": ("Recipe",),
     "search.prune": ("prune_channels",),
+    "train.distilled": ("Distilled",),
+    "train.distiller": ("Distiller",),
     "train.freeze": ("freeze", "unfreeze"),
     "train.gradual_pruning": ("GradualPruning",),
     "train.groups": ("param_groups",),
+    "train.hints": ("Hint",),
     "train.optimizer": ("Synced", "sync_optimizer"),
     "train.recalibrate": ("Recalibration", "recalibrate_batchnorm"),
     "train.sparsity": ("SparsityPenalty",),
+    "train.teacher_cache": ("TeacherCache",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -142,6 +150,8 @@ __all__ = [
     "CheckpointUntrusted",
     "Cut",
     "DeleteChannels",
+    "Distilled",
+    "Distiller",
     "Edit",
     "EditError",
     "EditTooNew",
@@ -154,6 +164,7 @@ __all__ = [
     "GroupTensor",
     "GuardError",
     "HeadError",
+    "Hint",
     "History",
     "InputError",
     "Insert",
@@ -175,6 +186,7 @@ __all__ = [
     "SparsityPenalty",
     "Summary",
     "Synced",
+    "TeacherCache",
     "TorchTrimError",
     "TorchTrimWarning",
     "TraceError",
