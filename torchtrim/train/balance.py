@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+_TINY = 1e-12
+
 
 class Balance(nn.Module):
     """Divides each term by a running mean of its own size, so that weights are shares whatever the terms measure.
@@ -44,7 +46,8 @@ class Balance(nn.Module):
             with torch.no_grad():
                 sizes = torch.stack([parts[name].detach().float() for name in names])
                 self._move(index, _over_processes(sizes.to(self.means.device)))
-        factors = torch.where(self.seen > 0, self.seen / self.means.clamp(min=1e-12), 1.0)
+        # A term that was zero so far has no size to be measured by.
+        factors = torch.where(self.means > _TINY, self.seen / self.means.clamp(min=_TINY), 1.0)
         return {self.names[position]: factors[position] for position in index}
 
     def _move(self, index: list[int], sizes: torch.Tensor) -> None:

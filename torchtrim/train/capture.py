@@ -40,7 +40,7 @@ class Capture:
 
     def __init__(self, model: nn.Module, places: Sequence[Address], copies: frozenset[str] = frozenset()) -> None:
         self.values: dict[str, torch.Tensor] = {}
-        self._model, self._places, self._copies = model, places, copies
+        self._model, self._places, self._copies = model, tuple(dict.fromkeys(places)), copies
         self._calls: Counter[str] = Counter()
         self._versions: dict[str, int] = {}
         self._handles: list[Any] = []

@@ -49,15 +49,19 @@ def auto_hints(student: nn.Module, teacher: nn.Module, inputs: Inputs) -> dict[s
     student, teacher = unwrap(student), unwrap(teacher)
     ours, theirs = _calls(student, inputs), _calls(teacher, inputs)
     gone = [path for model in (student, teacher) for entry in history(model).entries for path in entry.removed]
+    head = _last_with_weights(teacher, theirs)
     both = {
         path: call
         for path, call in theirs.items()
         if path in ours
+        and not lies_in(head, path)
         and not any(lies_in(path, each) for each in gone)
         and len(ours[path].outputs[0].shape) == len(call.outputs[0].shape)
         and any(True for _ in teacher.get_submodule(path).parameters())
     }
-    chosen = _stages(both) or _blocks(teacher, both) or _layers(both, theirs)
+    tokens = sum(len(call.outputs[0].shape) == 3 for call in both.values())
+    stages = _stages(both, inputs) if 2 * tokens <= len(both) else []
+    chosen = stages or _blocks(teacher, both) or _layers(both)
     if not chosen:
         raise SelectionError(
             "student and teacher have no places in common to line up",
@@ -92,11 +96,18 @@ def _by_end(calls: dict[str, Call]) -> list[str]:
     return sorted(calls, key=lambda path: calls[path].end)
 
 
-def _stages(both: dict[str, Call]) -> list[str]:
+def _last_with_weights(model: nn.Module, calls: dict[str, Call]) -> str:
+    """The head's last layer: what it gives is compared as the output, and what holds it is no feature."""
+    own = [path for path in _by_end(calls) if any(True for _ in model.get_submodule(path).parameters(recurse=False))]
+    return own[-1] if own else ""
+
+
+def _stages(both: dict[str, Call], inputs: Inputs) -> list[str]:
     """The ends of stages, where there are pictures (or sounds, films) that get smaller."""
     maps = {path: call for path, call in both.items() if len(call.outputs[0].shape) >= 4}
     sizes = {path: _size(call.outputs[0].shape) for path, call in maps.items()}
-    sizes = {path: size for path, size in sizes.items() if max(size) > 1}
+    given = [tuple(tensor.shape[2:]) for tensor in inputs.tensors if tensor.dim() >= 4][:1]
+    sizes = {path: size for path, size in sizes.items() if all(_shrunk(each, size) for each in given)}
     every = set(sizes.values())
     if len(every) < 2:
         return []
@@ -109,6 +120,14 @@ def _stages(both: dict[str, Call]) -> list[str]:
     if len(ends) > _MOST:
         ends = [list(run)[-1] for _, run in groupby(order, key=lambda path: sizes[path])]
     return ends[-_MOST:]
+
+
+def _shrunk(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether all sides were divided by one number, give or take rounding: windows and unfolded patches are not."""
+    if len(before) != len(after):
+        return True
+    ratio = before[-1] / after[-1]
+    return all(abs(a - b / ratio) <= 1 for a, b in zip(after, before, strict=True))
 
 
 def _size(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -134,12 +153,9 @@ def _blocks(teacher: nn.Module, both: dict[str, Call]) -> list[str]:
     return [family[round((number + 1) * len(family) / count) - 1] for number in range(count)]
 
 
-def _layers(both: dict[str, Call], theirs: dict[str, Call]) -> list[str]:
-    """Otherwise the layers before the width changes; not the last, which is the head."""
+def _layers(both: dict[str, Call]) -> list[str]:
+    """Otherwise the layers before the width changes."""
     order = _by_end(both)
-    if not order:
-        return []
-    depth = min(_depth(path) for path in order)
-    last = _by_end(theirs)[-1]
-    order = [path for path in order if _depth(path) == depth and path != last and not lies_in(last, path)]
+    depth = min(map(_depth, order), default=0)
+    order = [path for path in order if _depth(path) == depth]
     return [list(run)[-1] for _, run in groupby(order, key=lambda path: both[path].outputs[0].shape[1:])][-_MOST:]

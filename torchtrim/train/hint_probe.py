@@ -54,13 +54,15 @@ def probe(model: nn.Module, inputs: Inputs, places: Sequence[Address], whose: st
         width = width_of(module)
         if width is not None:
             module.register_forward_hook(lambda *_, width=width: log.append(width))
+    # A cut knows best what is wrong with the name of a function.
+    references = {place.text: _cut_there(model, inputs, place) for place in places if place.function is not None}
     capture = _Marked(twin, places, log, marks)
     with torch.no_grad(), kept_random_state(), capture:
         _called(twin, inputs, whose)
     overwritten = capture.overwritten
     for place in places:
         if place.function is not None:
-            _check_function(model, inputs, place)
+            _check_function(model, inputs, place, references[place.text])
     return {
         place.text: Probed(
             tuple(capture.values[place.text].shape),
@@ -117,19 +119,22 @@ def _axis(shape: tuple[int, ...], log: list[tuple[int, bool]]) -> int | None:
     return None if squares[0] == squares[1] else (1 if squares[0] else -1)
 
 
-def _check_function(model: nn.Module, inputs: Inputs, place: Address) -> None:
+def _cut_there(model: nn.Module, inputs: Inputs, place: Address) -> nn.Module:
+    twin = structural_copy(unwrap(model), own_buffers=True, user_hooks=False)
+    return cut(twin, inputs, after=place.text, copy=False, check=False).eval()
+
+
+def _check_function(model: nn.Module, inputs: Inputs, place: Address, reference: nn.Module) -> None:
     """What is seen of a function while the model runs is to be what a cut there computes."""
     twin = structural_copy(unwrap(model), own_buffers=True, user_hooks=False).eval()
     capture = Capture(twin, [place])
     with torch.no_grad(), kept_random_state():
         with capture:
             inputs.fresh().call(twin)
-        overwritten = bool(capture.overwritten)
-        if overwritten:
+        if capture.overwritten:
             capture = Capture(twin, [place], frozenset([place.text]))
             with capture:
                 inputs.fresh().call(twin)
-        reference = cut(structural_copy(twin), inputs, after=place.text, copy=False, check=False).eval()
         expected = next(iter(leaves(inputs.fresh().call(reference), torch.Tensor)), None)
     seen = capture.values[place.text]
     if expected is None or seen.shape != expected.shape or not torch.allclose(seen, expected, 1e-3, 1e-5):

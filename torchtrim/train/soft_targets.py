@@ -114,7 +114,7 @@ def hard_loss(
         if targets.is_floating_point():
             targets = targets.movedim(class_axis, 1)
         elif mask is not None:
-            mask = mask & (targets != _IGNORED)
+            mask = _spread(mask, targets) & (targets != _IGNORED)
         loss = F.cross_entropy(output, targets, reduction=reduction, label_smoothing=label_smoothing)
     elif task == "labels":
         targets = targets * (1 - label_smoothing) + label_smoothing / 2
@@ -188,6 +188,12 @@ def averaged(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """
     if mask is None:
         return values.mean()
+    weights = _spread(mask, values).to(values.dtype)
+    return torch.where(weights > 0, values, 0.0).sum() / weights.sum().clamp(min=1)
+
+
+def _spread(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """A mask with a truth value for each of some values, whose first dimensions it has."""
     if mask.dtype != torch.bool or tuple(mask.shape) != tuple(values.shape[: mask.dim()]):
         raise InputError(
             "a mask has a truth value for each position",
@@ -195,8 +201,7 @@ def averaged(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             found=f"{mask.dtype}{list(mask.shape)}",
             expected=f"torch.bool{list(values.shape)}",
         )
-    weights = mask.reshape(*mask.shape, *(1,) * (values.dim() - mask.dim())).expand_as(values).to(values.dtype)
-    return torch.where(weights > 0, values, 0.0).sum() / weights.sum().clamp(min=1)
+    return mask.reshape(*mask.shape, *(1,) * (values.dim() - mask.dim())).expand_as(values)
 
 
 def _same_shape(targets: torch.Tensor, expected: tuple[int, ...], what: str) -> None:
