@@ -62,11 +62,14 @@ if TYPE_CHECKING:
     from torchtrim.models import load_model
     from torchtrim.recipe.recipe import Recipe
     from torchtrim.search.prune import prune_channels
+    from torchtrim.train.distilled import Distilled
+    from torchtrim.train.distiller import Distiller
     from torchtrim.train.find_lr import RateTest, find_lr
     from torchtrim.train.finetune import finetune
     from torchtrim.train.freeze import freeze, unfreeze
     from torchtrim.train.gradual_pruning import GradualPruning
     from torchtrim.train.groups import param_groups
+    from torchtrim.train.hints import Hint
     from torchtrim.train.magnitude_pruner import MagnitudePruner
     from torchtrim.train.optimizer import Synced, sync_optimizer
     from torchtrim.train.outcome import FineTuning
@@ -74,6 +77,7 @@ if TYPE_CHECKING:
     from torchtrim.train.sparsity import SparsityPenalty
     from torchtrim.train.sparsity_report import SparsityReport
     from torchtrim.train.sparsity_schedule import ConstantSparsity, OneShotSparsity, PolynomialDecay
+    from torchtrim.train.teacher_cache import TeacherCache
     from torchtrim.train.weight_clustering import ClusterReport, WeightClustering
 
 _HOME = {
@@ -136,6 +140,9 @@ _HOME = {
     "train.gradual_pruning": ("GradualPruning",),
     "train.groups": ("param_groups",),
     "train.magnitude_pruner": ("MagnitudePruner",),
+    "train.distilled": ("Distilled",),
+    "train.distiller": ("Distiller",),
+    "train.hints": ("Hint",),
     "train.optimizer": ("Synced", "sync_optimizer"),
     "train.outcome": ("FineTuning",),
     "train.recalibrate": ("Recalibration", "recalibrate_batchnorm"),
@@ -143,6 +150,7 @@ _HOME = {
     "train.sparsity_report": ("SparsityReport",),
     "train.sparsity_schedule": ("ConstantSparsity", "OneShotSparsity", "PolynomialDecay"),
     "train.weight_clustering": ("ClusterReport", "WeightClustering"),
+    "train.teacher_cache": ("TeacherCache",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -163,6 +171,8 @@ __all__ = [
     "ConstantSparsity",
     "Cut",
     "DeleteChannels",
+    "Distilled",
+    "Distiller",
     "Edit",
     "EditError",
     "EditTooNew",
@@ -176,6 +186,7 @@ __all__ = [
     "GroupTensor",
     "GuardError",
     "HeadError",
+    "Hint",
     "History",
     "InputError",
     "Insert",
@@ -203,6 +214,7 @@ __all__ = [
     "SparsityReport",
     "Summary",
     "Synced",
+    "TeacherCache",
     "TorchTrimError",
     "TorchTrimWarning",
     "TraceError",

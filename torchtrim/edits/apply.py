@@ -219,12 +219,18 @@ def _taken_by(error: TorchTrimError, past: list[Past]) -> int | None:
         if isinstance(error, SelectionError) and error.select is not None and each.before is not None:
             if error.select(each.before):  # the last one that still had it
                 return position
-        elif any(_lies_in(name, gone) for name in wanted if isinstance(name, str) for gone in each.applied.removed):
+        elif any(lies_in(name, gone) for name in wanted if isinstance(name, str) for gone in each.applied.removed):
             return position
     return None
 
 
-def _lies_in(address: str, gone: str) -> bool:
+def lies_in(address: str, gone: str) -> bool:
+    """Whether an address, or what a glob is for, is at a place that is gone, or was within it.
+
+    Example:
+        >>> lies_in("layer3.2:add", "layer3.2"), lies_in("layer3.20", "layer3.2")
+        (True, False)
+    """
     return may_lie_in(address, gone) or address.startswith((f"{gone}:", f"{gone}#"))
 
 

@@ -70,7 +70,7 @@ def _nearest_widths(output: Site) -> list[tuple[int, bool]]:
         if site in seen:
             continue
         seen.add(site)
-        width = _width(site.target) if site.op == "module" else None
+        width = width_of(site.target) if site.op == "module" else None
         if width is not None:
             found.append(width)
         if width is None or _keeps_layout(site.target):
@@ -78,9 +78,15 @@ def _nearest_widths(output: Site) -> list[tuple[int, bool]]:
     return found
 
 
-def _width(module: Any) -> tuple[int, bool] | None:
+def width_of(module: Any) -> tuple[int, bool] | None:
+    """The output width of a layer with weights, and whether it writes channels first; `None` for other modules.
+
+    Example:
+        >>> width_of(nn.Conv2d(3, 8, 1)), width_of(nn.Linear(3, 4)), width_of(nn.LayerNorm(5)), width_of(nn.ReLU())
+        ((8, True), (4, False), (5, False), None)
+    """
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter):
+    if not isinstance(weight, nn.Parameter) or weight.dim() == 0:
         return None
     transposed = getattr(module, "transposed", False) is True
     width = int(weight.shape[1 if transposed else 0]) * (int(getattr(module, "groups", 1)) if transposed else 1)
