@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import torchtrim as tt
 from torchtrim.train.finetune import finetune
@@ -30,16 +30,28 @@ open(f"{folder}/{rank}.json", "w").write(json.dumps(found))
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
-from test_finetune_processes import train, steps
-steps(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == 17 else None)
+from test_finetune_processes import train, before_batch
+before_batch(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == 17 else None)
 train(sys.argv[1])
 """
-_after_step: list[Any] = []
+_before_batch: list[Any] = []
 
 
-def steps(call: Any) -> None:
-    """Call with the number of each forward of the student in train mode."""
-    _after_step.append(call)
+def before_batch(call: Any) -> None:
+    """Call with the number of each batch that is trained on."""
+    _before_batch.append(call)
+
+
+class Counting:
+    """A loader's collating, that tells of each batch."""
+
+    count = 0
+
+    def __call__(self, rows: list[Any]) -> Any:
+        self.count += 1
+        for call in _before_batch:
+            call(self.count)
+        return default_collate(rows)
 
 
 def train(folder: str, resume: bool = False) -> dict[str, Any]:
@@ -49,19 +61,11 @@ def train(folder: str, resume: bool = False) -> dict[str, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 12), nn.Linear(12, 3))
     teacher = nn.Sequential(nn.Linear(8, 24), nn.LayerNorm(24), nn.ReLU(), nn.Linear(24, 12), nn.Linear(12, 3))
-    count = [0]
-
-    def counted(module: nn.Module, _args: Any) -> None:
-        count[0] += module.training
-        for call in _after_step:
-            call(count[0])
-
-    model.register_forward_pre_hook(counted)
     x = torch.randn(45, 8)
     data = TensorDataset(x, (x[:, :3].argmax(1)))
     done = finetune(
         model,
-        DataLoader(data, batch_size=4, shuffle=True),
+        DataLoader(data, batch_size=4, shuffle=True, collate_fn=Counting()),
         list(zip(x.split(7), x[:, :3].argmax(1).split(7), strict=True)),
         epochs=9,
         unfreeze={0: "head", 1: "all"},

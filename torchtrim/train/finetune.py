@@ -11,18 +11,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from torchtrim.errors import InputError, ModelError
+from torchtrim.errors import InputError, ModelError, SelectionError
 from torchtrim.graph.copying import is_meta, kept_modes, kept_random_state, unwrap
 from torchtrim.graph.execution import known_inputs, refuse_lazy
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.train.accelerating import accelerating
+from torchtrim.train.distiller import Distiller
 from torchtrim.train.ema import Averaged
-from torchtrim.train.gradual_pruning import GradualPruning
 from torchtrim.train.groups import param_groups
 from torchtrim.train.loop import Loop, known_length, seed_all
 from torchtrim.train.mixing import mixing
 from torchtrim.train.objective import Batch, Criterion, Metric, Objective
 from torchtrim.train.outcome import Epoch, FineTuning
+from torchtrim.train.pruner_choice import PrunerChoice, pruner_of
 from torchtrim.train.rates import OptimizerChoice, Rates, ScheduleChoice, optimizer_of
 from torchtrim.train.shares import Shares
 from torchtrim.train.stages import Stages, Unfreeze
@@ -51,7 +52,7 @@ def finetune(
     metric: Metric | None = None,
     teacher: Any = None,
     distill: Mapping[str, Any] | None = None,
-    pruner: Any = None,
+    pruner: PrunerChoice = None,
     penalty: Any = None,
     precision: Literal["bf16", "fp16"] | None = None,
     accumulate: int = 1,
@@ -109,7 +110,7 @@ def finetune(
         metric: `metric(output, targets)`, a mean over rows, more of it being better. Left out: accuracy, for classes.
         teacher: A model to imitate (with a new `Distiller`), or a `Distiller` of the model.
         distill: Options of that `Distiller`: `temperature`, `alpha`, `hints`, ...; hints are lined up by path through
-            the model's history unless they are given.
+            the model's history unless they are given, or there are no places that both have.
         pruner: A `MagnitudePruner` of the model, a schedule of sparsity for a new one, or a function of the model
             and the optimizer that makes one. Its `step()` follows each of the optimizer's, `finish()` the last.
         penalty: A `SparsityPenalty` of the model.
@@ -161,7 +162,9 @@ def finetune(
         inputs = _inputs(model, example_inputs, train_data, labelled=teacher is None)
         stages = Stages(model, unfreeze, epochs, inputs)
         stack.callback(stages.leave)
-        distiller = stack.enter_context(_distilling(model, teacher, distill, criterion, label_smoothing, fabric.device))
+        distiller = stack.enter_context(
+            _distilling(model, teacher, distill, criterion, label_smoothing, inputs, fabric.device)
+        )
         groups = param_groups(
             model, lr, layer_decay=layer_decay, lrs=lrs, weight_decay=weight_decay, example_inputs=inputs
         )
@@ -174,7 +177,7 @@ def finetune(
         batches = known_length(training)
         steps = None if batches is None else -(-batches // accumulate)
         rates = Rates.of(schedule, rule, epochs=epochs, steps=steps, warmup=warmup, by=schedule_by)
-        thinning = _pruning(pruner, model, rule)
+        thinning = pruner_of(pruner, model, rule)
         average = None if ema is None else Averaged(model, ema)
 
         def after_step() -> None:
@@ -313,15 +316,14 @@ def _distilling(
     options: Mapping[str, Any] | None,
     criterion: Criterion | None,
     label_smoothing: float,
+    inputs: Inputs,
     device: torch.device,
-) -> Iterator[Any]:
+) -> Iterator[Distiller | None]:
     if teacher is None:
         if options is not None:
             raise InputError("there is nobody to imitate", path="distill", hint="teacher=")
         yield None
         return
-    from torchtrim.train.distiller import Distiller
-
     if isinstance(teacher, Distiller):
         if options is not None:
             raise InputError("a Distiller has its options already", path="distill", found=list(options))
@@ -329,31 +331,19 @@ def _distilling(
             raise InputError("the Distiller is another model's", path="teacher", found=type(teacher.student).__name__)
         yield teacher.to(device)
         return
-    given = {"criterion": criterion, "label_smoothing": label_smoothing, "hints": "auto", **(options or {})}
-    with Distiller(model, teacher, **given) as made:
-        yield made.to(device)
-
-
-def _pruning(given: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    if given is None:
-        return None
-    from torchtrim.train.magnitude_pruner import MagnitudePruner
-
-    if isinstance(given, MagnitudePruner):
-        return given
-    if isinstance(given, GradualPruning):
-        raise InputError(
-            "channels go between two trainings, not within one",
-            path="pruner",
-            found="GradualPruning",
-            hint="finetune, tt.prune_channels(..., copy=False), finetune; or a loop of your own",
-        )
-    if callable(given) and not hasattr(given, "at"):
-        made = given(model, optimizer)
-        if not isinstance(made, MagnitudePruner):
-            raise InputError("not a pruner of weights", path="pruner", found=type(made).__name__)
-        return made
-    return MagnitudePruner(model, given, optimizer=optimizer)
+    given: dict[str, Any] = {"criterion": criterion, "label_smoothing": label_smoothing, "example_inputs": inputs}
+    given |= options or {}
+    with ExitStack() as stack:
+        if next(unwrap(teacher).parameters(), None) is not None:
+            stack.enter_context(_kept_device(unwrap(teacher), device))
+        if "hints" in given:
+            made = Distiller(model, teacher, **given)
+        else:
+            try:
+                made = Distiller(model, teacher, hints="auto", **given)
+            except SelectionError:  # they have no place in common: the outputs alone teach
+                made = Distiller(model, teacher, **given)
+        yield stack.enter_context(made).to(device)
 
 
 def _add(optimizer: torch.optim.Optimizer, projections: list[nn.Parameter]) -> None:

@@ -18,7 +18,9 @@ PrunerChoice: TypeAlias = (
 )
 
 
-def pruner_of(choice: PrunerChoice, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> MagnitudePruner | None:
+def pruner_of(
+    choice: PrunerChoice, model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> MagnitudePruner | None:
     """A pruner as it is, one that follows a schedule, or what a function of the model and the optimizer makes.
 
     Raises:

@@ -178,7 +178,7 @@ class TrainingRun:
         """Count an epoch, and keep its weights where they are the best."""
         self.done.append(epoch)
         number = len(self.done)
-        if self.pruner is not None and not self.pruner.done:
+        if self.pruner is not None and not self.pruner.reached:
             self._since = number
             self.best = number
             return

@@ -98,5 +98,7 @@ def _read(place: Path) -> dict[str, Any]:
             return found
     except OSError as error:
         raise CheckpointError(
-            "the checkpoint that is resumed from has no masks", path=place, hint="one that was written with this callback"
+            "the checkpoint that is resumed from has no masks",
+            path=place,
+            hint="one that was written with this callback",
         ) from error
