@@ -552,6 +552,17 @@ def test_a_model_changed_behind_its_back() -> None:
             p.finish()
 
 
+def test_an_edit_that_takes_no_layer_out_is_no_excuse_for_a_layer_that_is_gone() -> None:
+    model = net()
+    p = tt.MagnitudePruner(model, tt.ConstantSparsity(0.5))
+    tt.delete_channels(model, X, "mix", [0], copy=False)
+    p.step()
+    tt.delete_channels(model, X, "mix", [0], copy=False)
+    model.conv = nn.Conv2d(32, 32, 3, padding=1, bias=False)
+    with pytest.raises(tt.EditError, match=r"conv.weight.*replaced"):
+        p.step()
+
+
 def test_steps_after_finish() -> None:
     model = net()
     p = tt.MagnitudePruner(model, tt.ConstantSparsity(0.5))
