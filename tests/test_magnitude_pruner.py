@@ -447,6 +447,35 @@ def test_a_layer_that_an_edit_removed_is_let_go() -> None:
     assert report.sparsity == 0.5
 
 
+def test_a_pattern_stays_where_channels_went_that_it_does_not_divide_any_more() -> None:
+    model = net()
+    p = tt.MagnitudePruner(model, tt.PolynomialDecay(0.25, 0.5, end=4, every=2), pattern="2:4")
+    p.step()
+    tt.delete_channels(model, X, "stem", [0, 1, 2], copy=False)
+    gone = model.conv.weight == 0
+    assert p.finish().layers[0].sparsity < 0.5 and torch.equal(model.conv.weight == 0, gone)
+
+
+def test_another_optimizer_can_be_set() -> None:
+    model = net()
+    p = tt.MagnitudePruner(model, tt.ConstantSparsity(0.5), optimizer=sgd(model))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    p.optimizer = optimizer
+    train(model, optimizer, p, 2)
+    assert not bool(optimizer.state[model.conv.weight]["exp_avg"][model.conv.weight == 0].any())
+
+
+def test_a_shared_weight_is_pruned_once() -> None:
+    shared = nn.Linear(20, 20)
+    model = nn.Sequential(nn.Linear(4, 20), shared, nn.ReLU(), nn.Linear(20, 20), shared, nn.Linear(20, 2))
+    model[3].weight = shared.weight
+    p = tt.MagnitudePruner(model, tt.ConstantSparsity(0.5))
+    p.step()
+    report = p.finish()
+    assert [layer.path for layer in report.layers] == ["1.weight"] and report.zeros == 200
+    assert model[3].weight is shared.weight
+
+
 def test_other_types_and_devices_of_values() -> None:
     model = net()
     p = tt.MagnitudePruner(model, tt.ConstantSparsity(0.5))
@@ -521,6 +550,17 @@ def test_a_model_changed_behind_its_back() -> None:
         assert p.steps == 1
         with pytest.raises(tt.EditError, match=r"conv.weight"):
             p.finish()
+
+
+def test_an_edit_that_takes_no_layer_out_is_no_excuse_for_a_layer_that_is_gone() -> None:
+    model = net()
+    p = tt.MagnitudePruner(model, tt.ConstantSparsity(0.5))
+    tt.delete_channels(model, X, "mix", [0], copy=False)
+    p.step()
+    tt.delete_channels(model, X, "mix", [0], copy=False)
+    model.conv = nn.Conv2d(32, 32, 3, padding=1, bias=False)
+    with pytest.raises(tt.EditError, match=r"conv.weight.*replaced"):
+        p.step()
 
 
 def test_steps_after_finish() -> None:

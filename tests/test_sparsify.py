@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from typer.testing import CliRunner, Result
 
 import torchtrim as tt
+from torchtrim.cli import app
 from torchtrim.edits.bits import pack, unpack
 from torchtrim.edits.edit import from_yaml, to_yaml
 from torchtrim.edits.sparse_record import Sparsified
@@ -148,7 +150,7 @@ def test_a_pattern_runs_along_the_inputs_of_transposed_convolutions_too() -> Non
 def test_a_pattern_that_does_not_divide() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 2))
     sparse = tt.sparsify(model, None, pattern="2:4")
-    assert decided(sparse).left_out["2.weight"] == "its 6 inputs are no multiple of 4"
+    assert decided(sparse).left_out["2.weight"] == "6 inputs, no multiple of 4"
     with pytest.raises(tt.EditError, match=r"2.weight.*found: 6"):
         tt.sparsify(model, None, pattern="2:4", include=["1", "2"])
     with pytest.raises(tt.EditError, match="multiple of 16"):
@@ -402,3 +404,43 @@ def test_bits(width: int) -> None:
     assert packed.numel() == -(-35 * width // 8) and torch.equal(unpack(packed, (7, 5), width).long(), numbers)
     with pytest.raises(tt.EditError, match="bits"):
         unpack(packed, (70, 5), width)
+
+
+# From the shell.
+
+
+def shell(*args: object) -> Result:
+    return CliRunner().invoke(app, ["sparsify", "timm:test_resnet", "--input", "1,3,32,32", *map(str, args)])
+
+
+def test_from_the_shell(tmp_path: Path) -> None:
+    out = tmp_path / "net.trim"
+    options = ["--exclude", "layer4.*", "--clusters", 8, "--scope", "global", "--block", "4,1", "--pool", "max"]
+    answer = shell("--sparsity", 0.5, *options, "--out", out)
+    assert answer.exit_code == 0, answer.output
+    assert "weights in" in answer.stderr and "left out" in answer.stderr
+    sparse, shared = tt.history(tt.load(out)).edits
+    assert isinstance(sparse, tt.Sparsify) and isinstance(shared, tt.ClusterWeights)
+    assert (sparse.sparsity, sparse.scope, sparse.block, sparse.pool) == (0.5, "global", (4, 1), "max")
+    assert shared.clusters == 8 and shared.exclude == sparse.exclude == ("layer4.*",)
+    planned = shell("--sparsity", "layer3.*=0.5", "--sparsity", "layer2=0.25", "--plan", "--json")
+    assert planned.exit_code == 0, planned.output
+    assert json.loads(planned.stdout)["steps"][0]["edit"]["sparsity"] == {"layer3.*": 0.5, "layer2": 0.25}
+    for args in (["--pattern", "2:4"], ["--threshold", "layer3=0.05", "--include", "layer3"]):
+        assert shell(*args, "--plan").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--out", "x.trim"], "one of these"),
+        (["--sparsity", 0.5, "--pattern", "2:4", "--plan"], "one of these"),
+        (["--sparsity", 0.5], "--plan"),
+        (["--sparsity", "half", "--plan"], "number"),
+        (["--sparsity", 0.5, "--block", "4x1", "--plan"], "4,1"),
+        (["--sparsity", 1.5, "--plan"], "without 1"),
+    ],
+)
+def test_a_wrong_command(args: list[object], says: str) -> None:
+    answer = shell(*args)
+    assert answer.exit_code != 0 and says in " ".join(answer.output.split())

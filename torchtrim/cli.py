@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from torchtrim import cli_edits, cli_prune, cli_recipes
+from torchtrim import cli_edits, cli_prune, cli_recipes, cli_sparsify
 from torchtrim.cli_options import (
     EXIT_CODES,
     Debug,
@@ -227,6 +227,7 @@ def bench(
 
 cli_edits.add_commands(app)
 cli_prune.add_commands(app)
+cli_sparsify.add_commands(app)
 cli_recipes.add_commands(app)
 
 

@@ -109,11 +109,11 @@ def prune(
         "reconstruct": reconstruct,
     }
     if ratio:
-        asked["ratio"] = _ratios(ratio)
+        asked["ratio"] = share_or_by_path(ratio, "--ratio")
     elif budget:
         asked["budget"] = budget
     else:
-        asked["thresholds"] = _by_path(threshold or [], "--threshold")
+        asked["thresholds"] = numbers_by_path(threshold or [], "--threshold")
     if not plan:
         if out is None:
             raise typer.BadParameter("a file to write, or --plan", param_hint="--out")
@@ -128,13 +128,15 @@ def _looks_at_data(importance: str) -> bool:
     return importance in NEED_DATA
 
 
-def _ratios(given: list[str]) -> float | dict[str, float]:
+def share_or_by_path(given: list[str], option: str) -> float | dict[str, float]:
+    """A number, or numbers by path, of an option that may be given several times."""
     if len(given) == 1 and "=" not in given[0]:
-        return _number(given[0], "--ratio")
-    return _by_path(given, "--ratio")
+        return _number(given[0], option)
+    return numbers_by_path(given, option)
 
 
-def _by_path(given: list[str], option: str) -> dict[str, float]:
+def numbers_by_path(given: list[str], option: str) -> dict[str, float]:
+    """The numbers of `PATH=NUMBER`, by path."""
     found = {}
     for each in given:
         path, equals, number = each.rpartition("=")

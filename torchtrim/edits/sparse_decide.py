@@ -95,7 +95,7 @@ def numbers_of(
         of = asked.groups[1]
         for weight in weights:
             if weight.inputs % of:
-                left_out[weight.name] = f"its {weight.inputs} inputs are no multiple of {of}"
+                left_out[weight.name] = f"{weight.inputs} inputs, no multiple of {of}"
                 if asked.include is not None and {weight.name, weight.name.rpartition(".")[0]} & set(asked.include):
                     raise EditError(
                         f"the pattern {asked.pattern} does not divide its inputs",

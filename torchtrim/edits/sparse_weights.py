@@ -223,6 +223,8 @@ def _refused(held: nn.Parameter, names: list[tuple[str, nn.Module, str]]) -> boo
     name, module, key = names[0]
     if held.is_meta:
         raise ModelError("a weight on the meta device has no values", path=name, hint="load its weights first")
+    if hasattr(held, "device_mesh"):
+        raise ModelError("a sharded weight is not all here", path=name, hint="prune the model, then shard it")
     if ".parametrizations." in f".{name}." or is_parametrized(module, key):
         raise ModelError(
             "a parametrized weight is computed anew in every forward: what is written into it does not last",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchtrim.edits.history import history
+from torchtrim.edits.history import Applied, history
 from torchtrim.edits.sparse_weights import Weight
 from torchtrim.errors import EditError
 from torchtrim.train.lost import losses, shapes_before, taken
@@ -67,9 +67,9 @@ class Followed:
         notes: list[str] = []
         for weight in self.weights:
             now = weight.parameter if weight.parameter in names else None
-            if now is None and (edits or model is not self.model):
+            if now is None:
                 now = by_name.get(weight.name) if model is not self.model else None
-                if now is None:
+                if now is None and _may_take(edits, weight.name):
                     notes.append(f"{weight.name} went with an edit")
                     continue
             if now is None:
@@ -109,6 +109,15 @@ class Followed:
         self._shapes = {weight.parameter: weight.parameter.shape for weight in weights}
         self._edits = len(history(model).entries)
         return renamed
+
+
+def _may_take(edits: Sequence[Applied], name: str) -> bool:
+    """Whether an edit can have taken a weight out of the model: those that only narrow or set values do not."""
+    return any(
+        any(name.startswith(f"{gone}.") for gone in each.removed)
+        or (each.edit.needs_inputs and not hasattr(each.edit, "narrowed"))
+        for each in edits
+    )
 
 
 def _chain(now: Sequence[int], before: tuple[int, ...], lost: list[Any]) -> list[Any] | None:

@@ -138,7 +138,8 @@ class MagnitudePruner:
         for weight in taking:
             weight_scores(weight.name, weight.parameter, "magnitude")  # refuses what is not finite
         self._regrow = regrow
-        self._masks = WeightMasks(model, taking, _plain_optimizer(optimizer, [each.parameter for each in taking]))
+        self._masks = WeightMasks(model, taking)
+        self.optimizer = optimizer
         self._step = 0
         self._reached = 0.0
         self._finished = False
@@ -149,6 +150,15 @@ class MagnitudePruner:
     def model(self) -> nn.Module:
         """The model, out of its wrapper."""
         return self._masks.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer whose state of pruned weights is zero too; another may be set, as after unfreezing layers."""
+        return self._masks.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._masks.optimizer = _plain_optimizer(optimizer, [each.parameter for each in self._masks.weights])
 
     @property
     def schedule(self) -> SparsitySchedule:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from torchtrim.edits.bits import pack, unpack
-from torchtrim.edits.sparse_weights import Weight
 from torchtrim.errors import EditError, nearest
 from torchtrim.train.followed import Followed
 
@@ -19,11 +17,12 @@ class WeightMasks(Followed):
 
     A mask is a tensor of ones and zeros in the weight's own type (as much memory as the weight takes), for those
     weights alone that have lost something: so one fused multiplication for all of them does the work of a step.
+
+    Attributes:
+        optimizer: The optimizer whose state is masked too.
     """
 
-    def __init__(self, model: nn.Module, weights: Iterable[Weight], optimizer: torch.optim.Optimizer | None) -> None:
-        super().__init__(model, weights)
-        self._optimizer = optimizer
+    optimizer: torch.optim.Optimizer | None = None
 
     @property
     def gone(self) -> dict[str, torch.Tensor]:
@@ -59,7 +58,7 @@ class WeightMasks(Followed):
                 mask = self.held[weight] = mask.to(weight.device, weight.dtype)
             tensors.append(weight)
             masks.append(mask)
-            state = self._optimizer.state.get(weight) if self._optimizer is not None else None
+            state = self.optimizer.state.get(weight) if self.optimizer is not None else None
             for value in (state or {}).values():
                 if isinstance(value, torch.Tensor) and value.shape == weight.shape and value.is_floating_point():
                     same = value.dtype == mask.dtype and value.device == mask.device
