@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
+import sys
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -490,3 +493,23 @@ def test_a_criterion_with_weights_moves_and_is_not_saved() -> None:
     x, y = batch()
     assert torch.allclose(distiller(x, y).parts["hard"], criterion(distiller.student(x), y))
     assert all(name.startswith("student.") for name in distiller.state_dict())
+
+
+def test_the_code_in_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    text = (Path(__file__).parent.parent / "docs" / "distillation.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 7
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "distillation.md", "exec"), names)
+    assert (tmp_path / "teacher.safetensors").is_file() and (tmp_path / "student.trim").is_file()
+
+
+def test_a_step_costs_little_more_than_its_parts() -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    distil_overhead = pytest.importorskip("distil_overhead")
+    found = distil_overhead.measured(("resnet18", "resnet18"), torch.device("cpu"), 2, 32, 2)
+    assert set(found) == {distil_overhead.PLAIN, "soft targets by hand", "tt.Distiller", "tt.Distiller, three hints"}
+    assert min(found["tt.Distiller"]) < 2 * max(found[distil_overhead.PLAIN])  # a busy machine; the benchmark is exact

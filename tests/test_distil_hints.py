@@ -274,14 +274,19 @@ def test_auto_lines_a_trimmed_model_up_with_its_original(original: nn.Module) ->
 
     cut = tt.attach_head(tt.cut(original, X, after="layer3", check=False), X, num_classes=3, check=False)
     distiller = tt.Distiller(cut, original, hints="auto", alpha=0)
-    assert list(distiller.hints) == ["layer1", "layer2", "layer3"]
+    assert list(distiller.hints) == ["bn1", "layer1", "layer2", "layer3"]
     assert torch.isfinite(distiller(X, torch.tensor([0, 2])).loss)
 
 
-def test_auto_leaves_out_what_took_a_removed_name(original: nn.Module) -> None:
+def test_auto_lines_up_an_adapter_with_what_it_stands_for(original: nn.Module) -> None:
     student = tt.remove(original, X, "layer2", adapter="auto", check=False)
-    names = list(tt.Distiller(student, original, hints="auto").hints)
-    assert "layer2" not in names and "layer3" in names
+    distiller = tt.Distiller(student, original, hints="auto")
+    assert list(distiller.hints) == ["layer1", "layer2", "layer3", "layer4"]
+    with pytest.raises(tt.PathError, match=r"layer2\.1: .*went away with edit 1"):
+        tt.Distiller(student, original, hints=["layer2.1"])
+    gone = tt.remove(original, X, ["layer1.1", "layer2.1"], check=False)
+    names = list(tt.Distiller(gone, original, hints="auto").hints)
+    assert names == ["layer1", "layer2", "layer3", "layer4"]
 
 
 def test_auto_for_other_kinds_of_models() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -44,11 +44,17 @@ class Balance(nn.Module):
         names = [self.names[position] for position in index]
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
-                sizes = torch.stack([parts[name].detach().float() for name in names])
+                sizes = torch.stack([parts[name].detach().to(self.means.dtype) for name in names])
                 self._move(index, _over_processes(sizes.to(self.means.device)))
         # A term that was zero so far has no size to be measured by.
         factors = torch.where(self.means > _TINY, self.seen / self.means.clamp(min=_TINY), 1.0)
         return {self.names[position]: factors[position] for position in index}
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Balance:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.means.dtype in (torch.float16, torch.bfloat16):  # steps of a hundredth would be rounded away
+            self.means, self.seen = self.means.float(), self.seen.float()
+        return self
 
     def _move(self, index: list[int], sizes: torch.Tensor) -> None:
         # A loss that is not finite is the trainer's to see; it must not stay in the mean.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -109,7 +110,8 @@ class Teacher:
 
 def device_of(model: nn.Module) -> torch.device | None:
     """Where the first weight of a model is; `None` without weights."""
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+    # One after the other: this is asked in every step, and lists of all weights take longer than a loss does.
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:
