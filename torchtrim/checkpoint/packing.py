@@ -7,8 +7,8 @@ Which weights are not zero is one part: their distances where they are few, a bi
 are zeros with a minus (what a weight times a mask leaves), their signs are another. The values of the others are,
 where there are at most 256 different ones in the block (shared weights), these and a byte for each; elsewhere the first
 bytes of all, the second bytes of all, and so on, rotated by one bit, so that a float's exponent is a byte of its own:
-mantissas do not compress, exponents do. zstd then mostly serves as an entropy coder (shortest match: 7 bytes), which was
-both faster and smaller here than its higher levels. A part that it would make larger stays as it is.
+mantissas do not compress, exponents do. zstd then mostly serves as an entropy coder (shortest match: 7 bytes), which
+was both faster and smaller than its level 9. A part that it would make larger stays as it is.
 
 No block stands for more than 1024 times its size. A small file can therefore not fill the memory.
 """
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchtrim.errors import MissingDependency
+from torchtrim.bench.size import zstandard
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,21 +42,6 @@ _SAMPLE = 1024
 
 class Corrupt(Exception):
     """Bytes that are not a packed block."""
-
-
-def zstandard() -> Any:
-    """The package.
-
-    Raises:
-        MissingDependency: It is not installed.
-    """
-    try:
-        import zstandard as package
-    except ImportError as error:
-        raise MissingDependency(
-            "zstandard is needed for compressed files", hint='pip install "torchtrim[zstd]"'
-        ) from error
-    return package
 
 
 def packed_size_limit(size: int) -> int:
@@ -155,12 +140,12 @@ def blocks_of(size: int) -> Iterator[tuple[int, int]]:
 def _turned(words: Words) -> Words:
     """Rotated to the left by one bit: the sign goes last."""
     one, last = words.dtype.type(1), words.dtype.type(8 * words.dtype.itemsize - 1)
-    return (words << one) | (words >> last)
+    return np.bitwise_or(words << one, words >> last)
 
 
 def _returned(turned: Words) -> Words:
     one, last = turned.dtype.type(1), turned.dtype.type(8 * turned.dtype.itemsize - 1)
-    return (turned >> one) | (turned << last)
+    return np.bitwise_or(turned >> one, turned << last)
 
 
 def _planes(words: Words) -> list[Words]:
