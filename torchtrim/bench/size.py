@@ -24,6 +24,7 @@ class TensorSize:
         dtype: Its type.
         shape: Its shape.
         parameter: Whether it is a parameter. In a file that does not tell, every tensor counts as one.
+        numel: How many numbers it has.
         nonzeros: How many of its numbers are not zero.
         distinct: How many different numbers it has; None where these are more than 256.
         bytes: What it takes in memory.

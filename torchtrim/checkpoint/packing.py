@@ -140,12 +140,14 @@ def blocks_of(size: int) -> Iterator[tuple[int, int]]:
 def _turned(words: Words) -> Words:
     """Rotated to the left by one bit: the sign goes last."""
     one, last = words.dtype.type(1), words.dtype.type(8 * words.dtype.itemsize - 1)
-    return np.bitwise_or(words << one, words >> last)
+    found: Words = (words << one) | (words >> last)
+    return found
 
 
 def _returned(turned: Words) -> Words:
     one, last = turned.dtype.type(1), turned.dtype.type(8 * turned.dtype.itemsize - 1)
-    return np.bitwise_or(turned >> one, turned << last)
+    found: Words = (turned >> one) | (turned << last)
+    return found
 
 
 def _planes(words: Words) -> list[Words]:

@@ -107,6 +107,8 @@ def _stored(path: Path, data: mmap.mmap, span: Span, beside: dict[Path, None]) -
     size = (math.prod(dims) * bits * parts + 7) // 8
     if external:
         place = path.parent / external["location"]
+        if not place.resolve().is_relative_to(path.parent.resolve()):
+            raise InputError("its weights are outside of its folder", path=path, found=external["location"][:200])
         if not place.is_file():
             raise InputError("a file with weights of the model is not there", path=place, found=f"named by {path.name}")
         beside[place] = None

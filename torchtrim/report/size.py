@@ -93,7 +93,7 @@ def _check_level(name: str, level: object, most: int) -> None:
 
 def _model(name: str, model: nn.Module, squeezed: Squeezed | None) -> ModelSize:
     model = unwrap(model)
-    held = [(key, tensor, True) for key, tensor in model.named_parameters()]
+    held: list[tuple[str, torch.Tensor, bool]] = [(key, each, True) for key, each in model.named_parameters()]
     held += [(key, tensor, False) for key, tensor in model.named_buffers()]
     tensors = []
     for key, tensor, parameter in held:
@@ -109,10 +109,10 @@ def _plain(name: str, tensor: torch.Tensor, parameter: bool = True) -> Stored:
     if tensor.layout is not torch.strided:
         tensor = tensor.detach().coalesce().values() if tensor.layout is torch.sparse_coo else tensor.detach().values()
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return stored_as(name, plain.dtype, tuple(plain.shape), lambda: pieces_of(bytes_of(plain)), parameter)
+    return _stored_as(name, plain.dtype, tuple(plain.shape), lambda: pieces_of(bytes_of(plain)), parameter)
 
 
-def stored_as(name: str, dtype: torch.dtype, shape: tuple[int, ...], pieces: Any, parameter: bool = True) -> Stored:
+def _stored_as(name: str, dtype: torch.dtype, shape: tuple[int, ...], pieces: Any, parameter: bool = True) -> Stored:
     """A tensor of a type of torch."""
     parts = 2 if dtype.is_complex else 1
     signed = (dtype.is_floating_point or dtype.is_complex) and dtype not in _NO_SIGN
@@ -128,9 +128,15 @@ def _counted(stored: Stored, squeezed: Squeezed | None = None) -> TensorSize:
         count += len(piece)
         if squeezed is not None:
             squeezed.add(piece)
-    kind, shape = stored.dtype, stored.shape
     return TensorSize(
-        stored.name, kind, shape, stored.parameter, stored.numel, counter.nonzeros, counter.distinct, count
+        name=stored.name,
+        dtype=stored.dtype,
+        shape=stored.shape,
+        parameter=stored.parameter,
+        numel=stored.numel,
+        nonzeros=counter.nonzeros,
+        distinct=counter.distinct,
+        bytes=count,
     )
 
 
@@ -210,7 +216,7 @@ def _trim(path: Path) -> tuple[str, Iterator[Stored], list[Path], list[str]]:
 
     def stored() -> Iterator[Stored]:
         for name, entry in file.entries.items():
-            yield stored_as(
+            yield _stored_as(
                 name.removeprefix("model."),
                 entry.dtype,
                 entry.shape,
