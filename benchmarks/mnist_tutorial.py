@@ -5,7 +5,7 @@
     python benchmarks/mnist_tutorial.py DATA --quick            # few pictures, one epoch each
 
 The network is the Keras tutorial's: convolution 5x5 to 32, pool, batch norm, convolution 5x5 to 64, pool, dense 1024,
-dropout, dense 10: 3,274,762 weights and 64 running statistics of the batch norm, 12.5 MiB as float32. Stages:
+dropout, dense 10: 3,274,698 parameters and 64 running statistics of the batch norm, 12.5 MiB as float32. Stages:
 
 - dense: Adam at 1e-3, then a cosine down, `--epochs` epochs;
 - fine-tuned: the dense one trained as long again as the pruned one is, without pruning: what more training alone gives;
