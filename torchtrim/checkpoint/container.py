@@ -1,10 +1,15 @@
-"""The file: tensors and text in the safetensors format, with a checksum for each, put in place whole or not at all.
+"""The file: tensors and text in the safetensors format, with a checksum for each. Here it is read; `container_write`
+writes it.
 
 Any safetensors reader opens it. The metadata of the header holds `torchtrim_format` (the version of the format),
 `torchtrim` (text, see `document`), `torchtrim_dtypes` (types that safetensors does not know; such tensors are stored as
 their bytes, in one more dimension) and two checksums, CRC-32 in eight hexadecimal digits: `torchtrim_tensors` one of
 each tensor, in the order of the file, and `torchtrim_header` one of the header, with zeros in its own place. They are
 against accidents. Nothing in a file is believed because its checksum is right.
+
+Format 1 is that. In format 2 most tensors are packed (see `packing`): to a reader of safetensors they are bytes, and
+`torchtrim_packed` in the metadata has the type and the shape of each. Their checksums are over each block and what it
+stands for, in turn. Nothing is packed in format 1, and it is written wherever compression is not asked for.
 """
 
 from __future__ import annotations
@@ -13,30 +18,30 @@ import contextlib
 import json
 import math
 import os
-import secrets
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from torchtrim.checkpoint import packing
 from torchtrim.errors import CheckpointDamaged, CheckpointError, CheckpointTooNew
 
-FORMAT = 1
-_HEADER_LIMIT = 100_000_000  # bytes: safetensors' own
-_ALIGNMENT = 64
-_NO_SUM = "00000000"
+FORMAT = 2
+HEADER_LIMIT = 100_000_000  # bytes: safetensors' own
+NO_SUM = "00000000"
 _THREADS = 4
 _CHUNK = 2**20
-_KEYS = ("torchtrim_format", "torchtrim", "torchtrim_dtypes", "torchtrim_header", "torchtrim_tensors")
-_NAMES = {
+KEYS = ("torchtrim_format", "torchtrim", "torchtrim_dtypes", "torchtrim_header", "torchtrim_tensors")
+PACKED_KEYS = (*KEYS, "torchtrim_packed")
+NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
     torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
 }  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 _RAW = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -48,7 +53,7 @@ _RAW = {
 
 def storable(dtype: torch.dtype) -> bool:
     """Whether a file can hold tensors of this type."""
-    return dtype in _NAMES or dtype in _RAW.values()
+    return dtype in NAMES or dtype in _RAW.values()
 
 
 def place_of(path: object) -> Path:
@@ -62,92 +67,26 @@ def place_of(path: object) -> Path:
     raise CheckpointError("not the path of a file", found=repr(path)[:60], expected="a text, or a pathlib.Path")
 
 
-def write(path: Path, text: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a file next to its place, flush it to the disk, and put it in its place in one step.
-
-    A kill at any moment leaves the old file or the new one (and, at worst, a file `.NAME.*.partial` beside it). One
-    tensor at a time is brought to the CPU.
-
-    Raises:
-        CheckpointError: It cannot be written there.
-    """
-    place = Path(os.path.realpath(path))  # where it is a link, the link stays
-    partial = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("xb") as file:
-            _fill(file, text, tensors)
-            file.flush()
-            os.fsync(file.fileno())
-        if place.exists():
-            partial.chmod(place.stat().st_mode & 0o7777)
-        partial.replace(place)
-        _flush_folder(place.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot be written: {error.strerror or error}", path=path) from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _fill(file: IO[bytes], text: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    # Wide types first: then every tensor lies at a multiple of its item's size, as safetensors has it.
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    table: dict[str, Any] = {}
-    raw: dict[str, str] = {}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        shape, kind = list(tensor.shape), _NAMES.get(tensor.dtype)
-        if kind is None:
-            raw[name], kind = str(tensor.dtype).removeprefix("torch."), "U8"
-            shape.append(tensor.dtype.itemsize)
-        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        table[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
-
-    def header(sums: str, own: str) -> bytes:
-        texts = (str(FORMAT), text, json.dumps(raw, ensure_ascii=False), own, sums)
-        content = {"__metadata__": dict(zip(_KEYS, texts, strict=True)), **table}
-        data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-        return data + b" " * (-(8 + len(data)) % _ALIGNMENT)
-
-    length = len(header(_NO_SUM * len(names), _NO_SUM))
-    if length > _HEADER_LIMIT:
-        raise CheckpointError("too much to describe", found=f"{length:,} bytes", expected=f"{_HEADER_LIMIT:,} or less")
-    file.seek(8 + length)
-    sums = ""
-    for name in names:
-        data = _bytes_of(tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous())
-        sums += f"{zlib.crc32(data):08x}"
-        file.write(data)
-    file.seek(0)
-    file.write(length.to_bytes(8, "little"))
-    file.write(header(sums, f"{zlib.crc32(header(sums, _NO_SUM)):08x}"))
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor that lies row by row on the CPU."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush the folder's own entry, where the system has that."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies in the file."""
+    """Where a tensor lies in the file, and whether it is packed there."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
     end: int
     crc: int
+    packed: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many bytes the tensor has."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -156,13 +95,57 @@ class Container:
 
     Attributes:
         path: The file.
-        text: What `write` was given.
+        text: What `container_write.write` was given.
         entries: Its tensors, by name.
     """
 
     path: Path
     text: str
     entries: Mapping[str, Entry]
+
+    @property
+    def size(self) -> int:
+        """How many bytes its tensors have."""
+        return sum(entry.size for entry in self.entries.values())
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a tensor, a piece at a time, and its checksum at the end.
+
+        Raises:
+            CheckpointDamaged: It was altered; names it.
+            CheckpointError: It cannot be read.
+            MissingDependency: It is packed, and zstandard is not installed.
+        """
+        entry, crc = self.entries[name], 0
+        with _reading(self.path), self.path.open("rb") as file:
+            file.seek(entry.begin)
+            for begin, end in packing.blocks_of(entry.size):
+                if entry.packed:
+                    block, data = self._block(file, name, end - begin)
+                    crc = zlib.crc32(block, crc)
+                else:
+                    data = file.read(end - begin)
+                    if len(data) != end - begin:
+                        raise _damaged(self.path, "was cut short while it was read", f"{name!r} ends early")
+                crc = zlib.crc32(data, crc)
+                yield memoryview(data)
+            if file.tell() != entry.end:
+                raise _damaged(self.path, "was altered: a tensor is not as long as its header says", name)
+        if crc != entry.crc:
+            raise _damaged(self.path, "was altered: a tensor has not its checksum", name)
+
+    def _block(self, file: IO[bytes], name: str, size: int) -> tuple[bytes, bytes]:
+        """The next block as it is in the file, and what it stands for."""
+        entry = self.entries[name]
+        start = file.read(4)
+        length = int.from_bytes(start, "little")
+        if len(start) < 4 or length > min(entry.end - file.tell(), packing.packed_size_limit(size)):
+            raise _damaged(self.path, "was altered: a block of a tensor is longer than the tensor", name)
+        block = file.read(length)
+        try:
+            return start + block, packing.unpack(block, size)
+        except packing.Corrupt as error:
+            raise _damaged(self.path, f"was altered: a tensor holds {error}", name) from error
 
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Read tensors, each into memory of its own, and check them against their checksums.
@@ -185,13 +168,8 @@ class Container:
             CheckpointDamaged: One was altered; names it.
         """
         for name in names:
-            entry, crc = self.entries[name], 0
-            with _reading(self.path), self.path.open("rb") as file:
-                file.seek(entry.begin)
-                for begin in range(entry.begin, entry.end, _CHUNK):
-                    crc = zlib.crc32(file.read(min(_CHUNK, entry.end - begin)), crc)
-            if crc != entry.crc:
-                raise _damaged(self.path, "was altered: a tensor has not its checksum", name)
+            for _ in self.pieces(name):
+                pass
 
     def _tensor(self, name: str) -> torch.Tensor:
         entry = self.entries[name]
@@ -199,7 +177,13 @@ class Container:
             tensor = torch.empty(entry.shape, dtype=entry.dtype)
         except RuntimeError as error:
             raise CheckpointError(f"a tensor cannot be made: {error}", path=self.path, found=name) from error
-        data = _bytes_of(tensor)
+        data = bytes_of(tensor)
+        if entry.packed:
+            done = 0
+            for part in self.pieces(name):
+                data[done : done + len(part)] = part
+                done += len(part)
+            return tensor
         with _reading(self.path), self.path.open("rb", buffering=0) as file:
             file.seek(entry.begin)
             done = crc = 0
@@ -238,8 +222,8 @@ def read(path: Path) -> Container:
                     "a file of torch.save, which is pickle" if pickled else f"{size:,} bytes that are not safetensors",
                     hint="torch.load, if you trust it, then tt.save" if pickled else None,
                 )
-            if length > _HEADER_LIMIT:
-                raise _damaged(path, "its header is too large", f"{length:,} bytes", f"{_HEADER_LIMIT:,} or less")
+            if length > HEADER_LIMIT:
+                raise _damaged(path, "its header is too large", f"{length:,} bytes", f"{HEADER_LIMIT:,} or less")
             if size < 8 + length:
                 raise _damaged(path, "was cut short", f"{size:,} bytes", f"{8 + length:,} of the header alone")
             header = start[8:] + file.read(length - 1)
@@ -292,18 +276,19 @@ def _texts(path: Path, metadata: Any, header: bytes) -> dict[str, str]:
     if version is None:
         hint = "safetensors.torch.load_file, then model.load_state_dict"
         raise _damaged(path, "a safetensors file that torchtrim did not write", sorted(metadata)[:8] or None, hint=hint)
-    if version != str(FORMAT):
+    if version not in map(str, range(1, FORMAT + 1)):
         if version.isascii() and version.isdigit() and int(version[:9]) > FORMAT:
             found = f"format {version[:20]}"
             raise CheckpointTooNew(
                 "written by a later version", path=path, found=found, expected=FORMAT, hint="a newer torchtrim"
             )
         raise _damaged(path, "no such format", version[:20], FORMAT)
-    if set(metadata) != set(_KEYS):
-        raise _damaged(path, "its metadata are not those of the format", sorted(metadata)[:8], sorted(_KEYS))
+    keys = KEYS if version == "1" else PACKED_KEYS
+    if set(metadata) != set(keys):
+        raise _damaged(path, "its metadata are not those of the format", sorted(metadata)[:8], sorted(keys))
     own = metadata["torchtrim_header"]
     before, mark, after = header.partition(f'"torchtrim_header":"{own}"'.encode())
-    blank = before + f'"torchtrim_header":"{_NO_SUM}"'.encode() + after
+    blank = before + f'"torchtrim_header":"{NO_SUM}"'.encode() + after
     if not mark or f"{zlib.crc32(blank):08x}" != own:
         raise _damaged(path, "was altered: its header has not its checksum", own[:20])
     return metadata
@@ -311,18 +296,24 @@ def _texts(path: Path, metadata: Any, header: bytes) -> dict[str, str]:
 
 def _entries(path: Path, table: dict[str, Any], texts: dict[str, str], start: int) -> dict[str, Entry]:
     try:
-        raw = parsed(texts["torchtrim_dtypes"])
+        raw, packed = parsed(texts["torchtrim_dtypes"]), parsed(texts.get("torchtrim_packed", "{}"))
     except ValueError as error:
         raise _damaged(path, f"its table of types is not JSON: {error}", None) from error
     sums = texts["torchtrim_tensors"]
-    if not isinstance(raw, dict) or not set(raw) <= set(table) or len(sums) != 8 * len(table):
+    known = all(isinstance(each, dict) and set(each) <= set(table) for each in (raw, packed))
+    if not known or set(raw) & set(packed) or len(sums) != 8 * len(table):
         raise _damaged(path, "its tables do not belong together", f"{len(table)} tensors, {len(sums) // 8} checksums")
     entries: dict[str, Entry] = {}
     end = start
     for position, (name, item) in enumerate(table.items()):
         entry = _entry(item, raw.get(name), sums[8 * position : 8 * position + 8], start)
+        if entry is not None and name in packed:
+            entry = _packed_entry(entry, packed[name])
         if entry is None:
             raise _damaged(path, "an entry of its header is not a tensor", name)
+        if entry.packed and entry.size > packing.RATIO * (entry.end - entry.begin):
+            claimed = f"{entry.size:,} bytes in {entry.end - entry.begin:,}"
+            raise _damaged(path, f"{name!r} claims to hold more than its bytes can", claimed)
         if entry.begin != end:
             what = "overlap" if entry.begin < end else "leave a hole"
             raise _damaged(path, f"its tensors {what}", name)
@@ -348,6 +339,17 @@ def _entry(item: Any, raw: Any, crc: str, start: int) -> Entry | None:
     with contextlib.suppress(ValueError):
         return Entry(dtype, tuple(shape), start + offsets[0], start + offsets[1], int(crc, 16))
     return None
+
+
+def _packed_entry(entry: Entry, packed: Any) -> Entry | None:
+    """The entry of a tensor that is packed in these bytes; `None` where it is none."""
+    if not isinstance(packed, list) or len(packed) != 2 or entry.dtype != torch.uint8 or len(entry.shape) != 1:
+        return None
+    kind, shape = packed
+    dtype = (_DTYPES.get(kind) or _RAW.get(kind)) if isinstance(kind, str) else None
+    if dtype is None or not _sizes(shape):
+        return None
+    return replace(entry, dtype=dtype, shape=tuple(shape), packed=True)
 
 
 def _sizes(value: Any) -> bool:

@@ -20,7 +20,7 @@ from torchtrim.checkpoint.origin import Factory, remember, write_history
 from torchtrim.checkpoint.plain import from_plain
 from torchtrim.checkpoint.rebuild import placed, rebuilt
 from torchtrim.checkpoint.settings import set_loose, set_modes, set_plain
-from torchtrim.checkpoint.tensors import State, is_dense, put
+from torchtrim.checkpoint.tensors import State, check_shapes, is_dense, put
 from torchtrim.edits.history import History
 from torchtrim.edits.module_spec import Trusted
 from torchtrim.edits.weights import Weights
@@ -62,6 +62,7 @@ def load(
             it is not of these, of torch or of torchtrim, nor in `trusted`.
         CheckpointMismatch: What the factory (or `model`) and the edits give is not the model that was saved.
         CheckpointError: It cannot be opened, or has no factory and no `model` was given.
+        MissingDependency: It is compressed, and zstandard is not installed.
 
     Example:
         >>> import tempfile, torchtrim as tt
@@ -125,6 +126,8 @@ def _loaded(
             hint=f"load(path, model=...) with a {past.origin} as it was before the edits",
         )
     net = _rebuilt(start, past, trusted, file, document)
+    # Before what is packed takes room: it has that of the model which was asked for, and no more.
+    check_shapes(net, {name.removeprefix("model."): file.entries[name].shape for name in names["model"]})
     if optimizer is None:
         file.verify(names["optimizer"])
     read = file.tensors([*names["model"], *names["loose"]])
@@ -156,7 +159,7 @@ def _rebuilt(
     start: Factory | nn.Module, past: History, trusted: Trusted, file: Container, document: Document
 ) -> nn.Module:
     # What was there before pruning may be larger than what is left; not without bound.
-    limit = 2**30 + 16 * max((entry.end for entry in file.entries.values()), default=0)
+    limit = 2**30 + 16 * file.size
     try:
         return rebuilt(start, past, trusted=trusted, limit=limit)
     except CheckpointMismatch as error:

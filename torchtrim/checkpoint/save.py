@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from torchtrim import __version__
-from torchtrim.checkpoint import container
+from torchtrim.bench.size import zstandard
+from torchtrim.checkpoint.container import place_of
+from torchtrim.checkpoint.container_write import write
 from torchtrim.checkpoint.document import Document, FactoryPart, WeightsPart, weights_in
 from torchtrim.checkpoint.kinds import kinds_of
 from torchtrim.checkpoint.optimizer import described
@@ -34,6 +36,7 @@ def save(
     factory: Any = None,
     optimizer: torch.optim.Optimizer | None = None,
     overwrite: bool = True,
+    compress: str | None = None,
 ) -> None:
     """Save a model as one file that holds no code: weights, the records of its edits, and the name of what made it.
 
@@ -58,11 +61,15 @@ def save(
             known, or for `False`, the file is written without, and `load` needs `model=`.
         optimizer: An optimizer of the model's parameters whose state is to be kept too.
         overwrite: Replace a file that is there.
+        compress: `"zstd"` packs the tensors without loss: zeros, shared values and the exponents of floats take little
+            room then, so that a network with nine weights of ten at zero takes about a tenth, one with 16 values a
+            tensor about an eighth, a dense one about 0.84. `load` sees by itself which form a file has.
 
     Raises:
         CheckpointMismatch: The model is not what `factory` and its history make: it was changed by hand, or the
             factory is another's. The message names the first difference. No file is touched.
-        CheckpointError: Something in it cannot be written, or the file cannot.
+        CheckpointError: Something in it cannot be written, or the file cannot; or `compress` is unknown.
+        MissingDependency: It is to be compressed, and zstandard is not installed.
 
     Example:
         >>> import tempfile, torchtrim as tt
@@ -74,7 +81,11 @@ def save(
         >>> bool((again(x) == net(x)).all()), tt.history(again) == tt.history(net)
         (True, True)
     """
-    net, place = unwrap(net), container.place_of(path)
+    net, place = unwrap(net), place_of(path)
+    if compress not in (None, "zstd"):
+        raise CheckpointError("no such compression", path="compress", found=repr(compress), expected='"zstd" or None')
+    if compress is not None:
+        zstandard()
     if not overwrite and place.exists():
         raise CheckpointError("there is a file already", path=place, hint="overwrite=True")
     if not place.parent.is_dir():
@@ -113,7 +124,7 @@ def save(
         tensors |= {f"edits.{number}.{name}": tensor for name, tensor in held.items()}
     tensors |= {f"loose.{name}": tensor for name, tensor in loose.items()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
-    container.write(place, document.text(), tensors)
+    write(place, document.text(), tensors, packed=compress is not None)
 
 
 def _origin(net: nn.Module, given: Any) -> tuple[Factory | None, nn.Module | None]:

@@ -107,6 +107,22 @@ def put(model: nn.Module, state: State) -> None:
         kept[key] = objects[state.tied.get(name, name)]  # type: ignore[assignment]
 
 
+def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise where the model has a tensor of another shape than the file; what it lacks or has more is told by `put`.
+
+    Raises:
+        CheckpointMismatch: One has another shape; names it.
+    """
+    for name, tensor, is_parameter in named_tensors(model):
+        if name in shapes and tuple(tensor.shape) != tuple(shapes[name]):
+            raise CheckpointMismatch(
+                "the model that was rebuilt has another tensor here than the file",
+                path=name,
+                found=_described(tensor, is_parameter),
+                expected=f"one of shape {list(shapes[name])}",
+            )
+
+
 def compare_names(found: set[str], expected: set[str]) -> None:
     """Raise for the first name that one of the two has alone.
 

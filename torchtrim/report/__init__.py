@@ -1,0 +1,1 @@
+"""What is shown of models and files."""
