@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import IO, Any
 import torch
 
 from torchtrim.checkpoint import packing
+from torchtrim.checkpoint.atomic import replacing
 from torchtrim.checkpoint.container import FORMAT, HEADER_LIMIT, KEYS, NAMES, NO_SUM, PACKED_KEYS, bytes_of
 from torchtrim.errors import CheckpointError
 
@@ -21,33 +20,15 @@ _WORTH_PACKING = 256  # bytes
 
 
 def write(path: Path, text: str, tensors: Mapping[str, torch.Tensor], *, packed: bool = False) -> None:
-    """Write a file next to its place, flush it to the disk, and put it in its place in one step.
-
-    A kill at any moment leaves the old file or the new one (and, at worst, a file `.NAME.*.partial` beside it). One
-    tensor at a time is brought to the CPU.
+    """Write a file whole or not at all; one tensor at a time is brought to the CPU.
 
     Raises:
         CheckpointError: It cannot be written there.
         MissingDependency: It is to be packed, and zstandard is not installed.
     """
     packer = packing.Packer() if packed else None
-    place = Path(os.path.realpath(path))  # where it is a link, the link stays
-    partial = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("xb") as file:
-            _fill(file, text, tensors, packer)
-            file.flush()
-            os.fsync(file.fileno())
-        if place.exists():
-            partial.chmod(place.stat().st_mode & 0o7777)
-        partial.replace(place)
-        _flush_folder(place.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot be written: {error.strerror or error}", path=path) from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        _fill(file, text, tensors, packer)
 
 
 def _fill(file: IO[bytes], text: str, tensors: Mapping[str, torch.Tensor], packer: packing.Packer | None) -> None:
@@ -120,13 +101,3 @@ def _size(tensor: torch.Tensor) -> int:
 def _word(dtype: torch.dtype) -> int:
     """How many bytes of an element are one number."""
     return dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush the folder's own entry, where the system has that."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

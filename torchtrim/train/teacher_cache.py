@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from torchtrim.checkpoint.container import place_of, read, write
+from torchtrim.checkpoint.container import place_of, read
+from torchtrim.checkpoint.container_write import write
 from torchtrim.errors import CheckpointDamaged, CheckpointMismatch, InputError
 from torchtrim.graph.inputs import Inputs
 
