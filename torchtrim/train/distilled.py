@@ -18,7 +18,7 @@ class Distilled:
     Attributes:
         loss: The sum of the parts times their weights: call `.backward()` on it.
         output: The student's output, as the loss takes it: logits, or values.
-        parts: Each part's loss by name, not weighted; tensors with gradients, so `float()` or `.detach()` them for a
+        parts: Each part's loss by name, not weighted; tensors with gradients, so `.item()` or `.detach()` them for a
             log.
         weights: What each part was multiplied by. Without targets there is no `"hard"`.
 
