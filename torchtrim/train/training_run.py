@@ -224,7 +224,7 @@ class TrainingRun:
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "ema": None if self.average is None else self.average.state_dict(),
                 "pruner": None if self.pruner is None else self.pruner.state_dict(),
-                "projections": None if self.distiller is None else self.distiller.projections.state_dict(),
+                "distiller": self._own_of_distiller(),
                 "generators": [generator.get_state() for generator in self._generators],
                 "epochs": [epoch.to_dict() for epoch in self.done],
                 "best": self.best,
@@ -238,6 +238,13 @@ class TrainingRun:
             write_state(self.folder, state)
         self.fabric.wait_for_everyone()
 
+    def _own_of_distiller(self) -> dict[str, torch.Tensor] | None:
+        """Projections and running means, without the student."""
+        if self.distiller is None:
+            return None
+        held = self.distiller.state_dict()
+        return {name: tensor for name, tensor in held.items() if not name.startswith("student.")}
+
     def _go_on(self, state: dict[str, Any]) -> None:
         """Stand where a state says."""
         put_back(named_tensors(self.model), state["model"])
@@ -246,8 +253,8 @@ class TrainingRun:
         for part, name in ((self.fabric.scaler, "scaler"), (self.average, "ema"), (self.pruner, "pruner")):
             if part is not None and state[name] is not None:
                 part.load_state_dict(state[name])
-        if self.distiller is not None and state["projections"]:
-            self.distiller.projections.load_state_dict(state["projections"])
+        if self.distiller is not None:
+            self.distiller.load_state_dict(state["distiller"], strict=False)  # the student is the model
         for generator, held in zip(self._generators, state["generators"], strict=True):
             generator.set_state(held)
         self.done = [Epoch(**epoch) for epoch in state["epochs"]]
