@@ -435,6 +435,29 @@ def test_a_pruned_copy_is_followed_by_name() -> None:
     assert p.model is narrow and torch.equal(narrow.get_parameter("mix.weight") == 0, gone)
 
 
+def test_an_average_of_weights_gets_the_zeros_too() -> None:
+    model = net()
+    optimizer = sgd(model)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    p = tt.MagnitudePruner(model, tt.PolynomialDecay(0.3, 0.8, end=6, every=2), optimizer=optimizer)
+    for _ in range(5):
+        train(model, optimizer, p, 1)
+        average.update_parameters(model)
+    p.mask(average.module)
+    assert not tt.history(average.module).edits
+    p.finish()
+    assert zeros(average.module) != exact(0.8)
+    p.mask(average.module)
+    assert torch.equal(average.module.conv.weight == 0, model.conv.weight == 0) and zeros(model) == exact(0.8)
+    assert tt.history(average.module).edits == tt.history(model).edits
+    with pytest.raises(tt.PathError, match=r"conv.weight"):
+        p.mask(nn.Linear(2, 2))
+    other = net()
+    other.conv = nn.Conv2d(32, 16, 3)
+    with pytest.raises(tt.EditError, match="another shape there"):
+        p.mask(other)
+
+
 def test_a_layer_that_an_edit_removed_is_let_go() -> None:
     body = [nn.Linear(8, 8) for _ in range(3)]
     model = nn.Sequential(nn.Linear(4, 8), *body, nn.Linear(8, 2))

@@ -189,7 +189,7 @@ def json_schema() -> dict[str, Any]:
 
     Example:
         >>> [choice["properties"]["kind"]["const"] for choice in json_schema()["items"]["oneOf"]][:3]
-        ['attach_head', 'cut', 'delete_channels']
+        ['attach_head', 'cluster_weights', 'cut']
     """
     definitions: dict[str, Any] = {}
     choices = []

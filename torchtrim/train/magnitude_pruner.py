@@ -12,7 +12,7 @@ from torch import nn
 from torchtrim.edits.history import Applied, count_params, record
 from torchtrim.edits.sparse_decide import decide, numbers_of
 from torchtrim.edits.sparse_record import SparseLayer, Sparsified
-from torchtrim.edits.sparse_weights import choose
+from torchtrim.edits.sparse_weights import choose, held_at
 from torchtrim.edits.sparsify import SparseScope, Sparsify, asked_for
 from torchtrim.errors import EditError
 from torchtrim.graph.copying import unwrap
@@ -230,7 +230,7 @@ class MagnitudePruner:
             self._rename(self._masks.refresh())
             self._prune(self._schedule.final, whole=True)
             self._masks.settle()
-            self._record()
+            self._record(self.model, self._checked())
             self._finished = True
         return self.report()
 
@@ -243,6 +243,27 @@ class MagnitudePruner:
             EditError: What became of a weight is not in its history.
         """
         self._rename(self._masks.follow(unwrap(model)))
+
+    @torch.no_grad()
+    def mask(self, other: nn.Module) -> None:
+        """Set to zero in another model of the same names what is held at zero here: in an average of weights (EMA).
+
+        After `finish` that model's history gets the record too.
+
+        Raises:
+            PathError: It has not all of the weights.
+            EditError: One has another shape there. Nothing has changed.
+        """
+        other, gone = unwrap(other), self._masks.whole()
+        held = held_at(other, gone)
+        for name, mask in gone.items():
+            if held[name].shape != mask.shape:
+                found, expected = list(held[name].shape), list(mask.shape)
+                raise EditError("this weight has another shape there", path=name, found=found, expected=expected)
+        for name, mask in gone.items():
+            held[name].masked_fill_(mask.to(held[name].device), 0)
+        if self._finished:
+            self._record(other, ("all pruned weights are zero",))
 
     def report(self) -> SparsityReport:
         """How sparse each weight is now, what was left out and why."""
@@ -344,13 +365,13 @@ class MagnitudePruner:
         self._masks.apply()
         self._course.append((self._step, self.sparsity))
 
-    def _record(self) -> None:
+    def _record(self, model: nn.Module, checked: tuple[str, ...]) -> None:
         notes = (f"reached in training, in {self._step:,} steps", *self._notes())
         decided = Sparsified.of(self._masks.whole(), self._edges, self._left_out, notes)
         edit: Sparsify = replace(self._asked, decided=decided)
-        count = count_params(self.model)
-        inputs = known_inputs(self.model) or self._inputs or Inputs()
-        record(self.model, self.model, inputs, Applied(edit, count, count, decided.told(), self._checked()))
+        count = count_params(model)
+        inputs = known_inputs(model) or self._inputs or Inputs()
+        record(model, model, inputs, Applied(edit, count, count, decided.told(), checked))
 
     def _checked(self) -> tuple[str, ...]:
         """Look whether everything that the masks hold at zero is.
