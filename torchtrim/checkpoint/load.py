@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from torchtrim.checkpoint import container
+from torchtrim.checkpoint.again import made_again
 from torchtrim.checkpoint.container import Container, place_of
 from torchtrim.checkpoint.document import Document, history_with
 from torchtrim.checkpoint.kinds import compare_kinds
 from torchtrim.checkpoint.optimizer import check, restore, tensor_names
 from torchtrim.checkpoint.origin import Factory, remember, write_history
 from torchtrim.checkpoint.plain import from_plain
-from torchtrim.checkpoint.rebuild import placed, rebuilt
+from torchtrim.checkpoint.rebuild import placed
 from torchtrim.checkpoint.settings import set_loose, set_modes, set_plain
 from torchtrim.checkpoint.tensors import State, is_dense, put
 from torchtrim.edits.history import History
@@ -158,7 +159,7 @@ def _rebuilt(
     # What was there before pruning may be larger than what is left; not without bound.
     limit = 2**30 + 16 * max((entry.end for entry in file.entries.values()), default=0)
     try:
-        return rebuilt(start, past, trusted=trusted, limit=limit)
+        return made_again(start, past, trusted=trusted, limit=limit)
     except CheckpointMismatch as error:
         raise CheckpointMismatch(
             error.message,
