@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from torchtrim.checkpoint.container import bytes_of
 from torchtrim.checkpoint.document import weights_in
 from torchtrim.checkpoint.hollow import emptied, held_tensors
 from torchtrim.checkpoint.origin import Factory
@@ -98,7 +99,7 @@ def _key(start: Factory, past: History) -> Hashable | None:
     for at, held in weights_in(past):
         for name, tensor in held.items():
             digest.update(f"{at} {name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            digest.update(bytes_of(tensor.detach().cpu().contiguous()))
     return start.name, settings, digest.digest(), torch.get_default_dtype(), torch.get_default_device()
 
 

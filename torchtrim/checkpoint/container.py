@@ -119,7 +119,7 @@ def _fill(file: IO[bytes], text: str, tensors: Mapping[str, torch.Tensor]) -> No
     file.seek(8 + length)
     sums = ""
     for name in names:
-        data = _bytes_of(tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous())
+        data = bytes_of(tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous())
         sums += f"{zlib.crc32(data):08x}"
         file.write(data)
     file.seek(0)
@@ -127,7 +127,8 @@ def _fill(file: IO[bytes], text: str, tensors: Mapping[str, torch.Tensor]) -> No
     file.write(header(sums, f"{zlib.crc32(header(sums, _NO_SUM)):08x}"))
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor that lies row by row on the CPU."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -209,7 +210,7 @@ class Container:
             tensor = torch.empty(entry.shape, dtype=entry.dtype)
         except RuntimeError as error:
             raise CheckpointError(f"a tensor cannot be made: {error}", path=self.path, found=name) from error
-        data = _bytes_of(tensor)
+        data = bytes_of(tensor)
         file.seek(entry.begin)
         done = crc = 0
         while done < len(data):  # in pieces that are still in the processor's cache when they are summed

@@ -105,7 +105,7 @@ def put(model: nn.Module, state: State) -> None:
         owner, _, key = name.rpartition(".")
         module = modules[owner]
         kept = module._parameters if key in module._parameters else module._buffers
-        kept[key] = objects[state.tied.get(name, name)]  # type: ignore[assignment]
+        kept[key] = objects[state.tied.get(name, name)]
 
 
 def compare_names(found: set[str], expected: set[str]) -> None:

@@ -229,11 +229,24 @@ def _run_once(
     fake: Fakes | None,
     user_hooks: bool,
 ) -> None:
-    twin = structural_copy(model, own_buffers=True, user_hooks=user_hooks).train(training)
+    if fake is None:
+        twin = structural_copy(model, own_buffers=True, user_hooks=user_hooks)
+    else:
+        twin = structural_copy(model, user_hooks=user_hooks, stand_ins=_fakes_of(model, fake))
+    twin.train(training)
     around = watch(twin) or nullcontext()
     given = inputs.fresh() if fake is None else inputs.map(lambda tensor: fake.from_tensor(tensor.detach()))
     with kept_random_state(), torch.no_grad(), no_fused_attention(), nullcontext() if fake is None else fake, around:
         given.call(twin)
+
+
+def _fakes_of(model: nn.Module, fake: Fakes) -> dict[int, torch.Tensor]:
+    """Fake tensors for the weights: torch remembers what operators make of fakes alone, not of fakes beside real ones."""
+    return {
+        id(tensor): fake.from_tensor(tensor)
+        for tensor in (*model.parameters(), *model.buffers())
+        if type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
+    }
 
 
 def _watch(twin: nn.Module, note: Callable[[str, Caller | None, Any], Any]) -> None:
