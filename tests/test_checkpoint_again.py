@@ -13,6 +13,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import torchtrim as tt
 from torchtrim.checkpoint import again, rebuild
+from torchtrim.edits import calls
 from torchtrim.graph.opened import OpenedModule
 
 HERE = "tests.test_checkpoint_again" if __name__.startswith("tests.") else __name__
@@ -22,16 +23,16 @@ X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the factories that were called, one for each model that was made and not copied."""
-    calls: list[str] = []
+    names: list[str] = []
     make = rebuild.Factory.make
 
     def counted(self: rebuild.Factory, trusted: Any) -> nn.Module:
-        calls.append(self.name)
+        names.append(self.name)
         return make(self, trusted)
 
     monkeypatch.setattr(rebuild.Factory, "make", counted)
     again.forget()
-    return calls
+    return names
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,21 @@ def test_the_second_load_gives_the_same_and_makes_nothing(saved: Path, made: lis
     assert torch.equal(outputs(first), outputs(second))
     assert torch.equal(outputs(first), outputs(third))
     assert [type(m).__qualname__ for m in first.modules()] == [type(m).__qualname__ for m in second.modules()]
+
+
+def test_edits_are_done_again_with_one_run_in_each_mode(
+    saved: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[tuple[bool, bool]] = []
+    run_once = calls._run_once
+
+    def counted(model: nn.Module, inputs: Any, training: bool, watch: Any, fake: Any, user_hooks: bool) -> None:
+        runs.append((training, fake is not None))
+        run_once(model, inputs, training, watch, fake, user_hooks)
+
+    monkeypatch.setattr(calls, "_run_once", counted)
+    tt.load(saved)
+    assert sorted(runs) == [(False, True), (True, True)]
 
 
 def test_loaded_models_share_nothing(saved: Path, made: list[str]) -> None:

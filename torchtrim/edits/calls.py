@@ -241,7 +241,7 @@ def _run_once(
 
 
 def _fakes_of(model: nn.Module, fake: Fakes) -> dict[int, torch.Tensor]:
-    """Fake tensors for the weights: torch remembers what operators make of fakes alone, not of fakes beside real ones."""
+    """Fake tensors for the weights: torch remembers what operators make of these, not of real ones."""
     return {
         id(tensor): fake.from_tensor(tensor)
         for tensor in (*model.parameters(), *model.buffers())
