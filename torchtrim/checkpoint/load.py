@@ -42,6 +42,8 @@ def load(
     The model is made again by its factory, its parameters taking no memory, the edits are done on it again, and each
     tensor is read straight into its place. Nothing is unpickled. The only code that is called is that of the factory,
     of a class named in a record, and only where these are of torch, timm or torchvision, or named in `trusted`.
+    A process remembers the last few models that it made so from timm and torchvision, without their weights: the next
+    load of the same edits copies one, unless something is `trusted`, or a class in it has another forward since.
 
     Args:
         path: The file.
