@@ -48,7 +48,9 @@ def main() -> int:
     model = efficientnet_lite0()
     figure, calibration = (pictures[0::2], labels[0::2]), (pictures[1::2], labels[1::2])
     order = options.order or search(model, *calibration, count=max(counts))
-    results = Results("heal_lite0_quick" if options.quick else "heal_lite0", options.out, order, len(figure[1]))
+    # A search may end in another order than the one of the table that is there: it has a table of its own.
+    stem = "heal_lite0_quick" if options.quick else "heal_lite0" if options.order else "heal_lite0_searched"
+    results = Results(stem, options.out, order, len(figure[1]))
     logits = run(model, figure[0])
     results.add(0, "plain", scores(logits, logits, figure[1]) | sizes(model))
     for count in counts:

@@ -156,6 +156,7 @@ def make(name: str, report: Report, folder: Path) -> None:
             torch.save({"x": x, "outputs": outputs(net, x), "sums": sums(net)}, stem.with_suffix(".expected"))
             sizes = {kind: stem.with_suffix(f".{kind}").stat().st_size for kind in ("trim", "pt")}
             report(edit, {"edit": what, "edit_s": seconds, "save_s": saved, "bytes": sizes})
+            del net  # before the next is made
         except Exception as error:  # noqa: BLE001 (whatever is raised is the result)
             report(edit, {"error": f"{type(error).__name__}: {error}"[:600]})
 

@@ -107,13 +107,14 @@ def _crc(tensor: torch.Tensor) -> int:
 
 def outputs(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """What a model computes in eval mode, and in train mode with the same random numbers."""
-    found = []
-    for training, batch in ((False, x), (True, torch.cat([x, x * 0.5]))):
-        torch.manual_seed(0)
-        tried = copy.deepcopy(net).train(training)
-        with torch.no_grad():
-            found += [leaf for leaf in torch.utils._pytree.tree_leaves(tried(batch)) if isinstance(leaf, torch.Tensor)]
-    return found
+    return [*_outputs(net, x, training=False), *_outputs(net, torch.cat([x, x * 0.5]), training=True)]
+
+
+def _outputs(net: nn.Module, x: torch.Tensor, training: bool) -> list[torch.Tensor]:
+    tried = copy.deepcopy(net).train(training)  # one at a time: some take gigabytes
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return [leaf for leaf in torch.utils._pytree.tree_leaves(tried(x)) if isinstance(leaf, torch.Tensor)]
 
 
 def quiet() -> None:

@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +35,7 @@ FORMAT = 2
 HEADER_LIMIT = 100_000_000  # bytes: safetensors' own
 NO_SUM = "00000000"
 _THREADS = 4
+_SHARE = 2**22  # bytes: for less a thread of its own is not worth its start
 _CHUNK = 2**20
 KEYS = ("torchtrim_format", "torchtrim", "torchtrim_dtypes", "torchtrim_header", "torchtrim_tensors")
 PACKED_KEYS = (*KEYS, "torchtrim_packed")
@@ -155,10 +157,14 @@ class Container:
             CheckpointError: They cannot be read, or do not fit into memory.
         """
         wanted = list(names)
-        # Largest first, so that the threads end together. Reading and checksums both leave the interpreter free.
-        order = sorted(wanted, key=lambda name: self.entries[name].begin - self.entries[name].end)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            found = dict(zip(order, pool.map(self._tensor, order), strict=True))
+        shares = _shares({name: self.entries[name] for name in wanted})
+        if len(shares) < 2:
+            read = [self._share(each) for each in shares]
+        else:
+            # Reading and checksums both leave the interpreter free.
+            with ThreadPoolExecutor(len(shares)) as pool:
+                read = list(pool.map(self._share, shares))
+        found = {name: tensor for each in read for name, tensor in each.items()}
         return {name: found[name] for name in wanted}
 
     def verify(self, names: Iterable[str]) -> None:
@@ -171,7 +177,11 @@ class Container:
             for _ in self.pieces(name):
                 pass
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _share(self, names: list[str]) -> dict[str, torch.Tensor]:
+        with _reading(self.path), self.path.open("rb", buffering=0) as file:
+            return {name: self._tensor(file, name) for name in names}
+
+    def _tensor(self, file: FileIO, name: str) -> torch.Tensor:
         entry = self.entries[name]
         try:
             tensor = torch.empty(entry.shape, dtype=entry.dtype)
@@ -184,19 +194,30 @@ class Container:
                 data[done : done + len(part)] = part
                 done += len(part)
             return tensor
-        with _reading(self.path), self.path.open("rb", buffering=0) as file:
-            file.seek(entry.begin)
-            done = crc = 0
-            while done < len(data):  # in pieces that are still in the processor's cache when they are summed
-                piece = data[done : done + _CHUNK]
-                count = file.readinto(piece)
-                if not count:
-                    raise _damaged(self.path, "was cut short while it was read", f"{name!r} ends early")
-                crc = zlib.crc32(piece[:count], crc)
-                done += count
+        file.seek(entry.begin)
+        done = crc = 0
+        while done < len(data):  # in pieces that are still in the processor's cache when they are summed
+            piece = data[done : done + _CHUNK]
+            count = file.readinto(piece)
+            if not count:
+                raise _damaged(self.path, "was cut short while it was read", f"{name!r} ends early")
+            crc = zlib.crc32(piece[:count], crc)
+            done += count
         if crc != entry.crc:
             raise _damaged(self.path, "was altered: a tensor has not its checksum", name)
         return tensor
+
+
+def _shares(entries: Mapping[str, Entry]) -> list[list[str]]:
+    """Names of tensors for each thread to read: about as many bytes for each, in the order of the file."""
+    total = sum(entry.end - entry.begin for entry in entries.values())
+    count = min(_THREADS, total // _SHARE + 1)
+    shares: list[list[str]] = [[] for _ in range(count)]
+    done = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
+        shares[min(done * count // max(total, 1), count - 1)].append(name)
+        done += entry.end - entry.begin
+    return [each for each in shares if each]
 
 
 def read(path: Path) -> Container:

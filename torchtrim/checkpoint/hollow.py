@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchtrim.errors import CheckpointError, TorchTrimError
@@ -47,7 +48,7 @@ def hollow(make: Callable[[], nn.Module], limit: int | None = None) -> nn.Module
     with kept_random_state():
         try:
             # What is on the meta device may be of any size: embeddings that were cut away since, for one.
-            with bounded(limit, parameters=False), _parameters_on_meta():
+            with bounded(limit, parameters=False), _parameters_on_meta(), _NoInitialisation():
                 model = make()
         except Exception as error:
             if isinstance(error, TorchTrimError) and not isinstance(error.__cause__, Exception):
@@ -60,9 +61,25 @@ def hollow(make: Callable[[], nn.Module], limit: int | None = None) -> nn.Module
     return model
 
 
-def emptied(model: nn.Module) -> None:
-    """Make a model's parameters hollow, in place; tied ones stay tied."""
-    swap(model, {parameter: _hollow(parameter) for parameter in model.parameters() if not is_lazy(parameter)})
+def emptied(model: nn.Module, *, buffers: bool = False) -> None:
+    """Make a model's parameters hollow, in place, and its buffers where these are not needed; tied ones stay tied."""
+    new: dict[torch.Tensor, torch.Tensor] = {
+        parameter: _hollow(parameter) for parameter in model.parameters() if not is_lazy(parameter)
+    }
+    if buffers:
+        new |= {buffer: _zero(buffer) for buffer in model.buffers() if not is_lazy(buffer)}
+    swap(model, new)
+
+
+def held_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """Every tensor that the modules of a model hold: parameters, buffers, and those in plain attributes."""
+    return [
+        tensor
+        for module in model.modules()
+        for name, value in module.__dict__.items()
+        if name != "_modules"
+        for tensor in _tensors(value)
+    ]
 
 
 def swap(model: nn.Module, new: Mapping[torch.Tensor, torch.Tensor]) -> None:
@@ -136,6 +153,26 @@ def _parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
+# What `torch.nn.init`, and constructors by themselves, fill weights with. None of these changes a shape.
+_FILLS = {
+    "add_", "clamp_", "constant_", "copy_", "div_", "erfinv_", "exponential_", "fill_", "kaiming_normal_",
+    "kaiming_uniform_", "mul_", "normal_", "ones_", "sub_", "trunc_normal_", "uniform_", "xavier_normal_",
+    "xavier_uniform_", "zero_", "zeros_",
+}  # fmt: skip
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Fill nothing that has no values: on the meta device each such call takes torch longer than on real numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", None) in _FILLS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
 def _computed_from_parameters(model: nn.Module) -> bool:
     """Whether a tensor besides the parameters has lost its values: the constructor computed it from them."""
     parameters = set(model.parameters())
@@ -149,9 +186,14 @@ def _computed_from_parameters(model: nn.Module) -> bool:
 
 
 def _hollow(parameter: nn.Parameter) -> nn.Parameter:
-    zero = torch.zeros((), dtype=parameter.dtype)
-    return nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
+    return nn.Parameter(_zero(parameter), requires_grad=parameter.requires_grad)
+
+
+def _zero(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    return leaves(value, torch.Tensor) if isinstance(value, (torch.Tensor, dict, list, tuple)) else []
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return leaves(value, torch.Tensor) if isinstance(value, (dict, list, tuple)) and value else []

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from torchtrim.checkpoint import container
+from torchtrim.checkpoint.again import made_again
 from torchtrim.checkpoint.container import Container, place_of
 from torchtrim.checkpoint.document import Document, history_with
 from torchtrim.checkpoint.kinds import compare_kinds
 from torchtrim.checkpoint.optimizer import check, restore, tensor_names
 from torchtrim.checkpoint.origin import Factory, remember, write_history
 from torchtrim.checkpoint.plain import from_plain
-from torchtrim.checkpoint.rebuild import placed, rebuilt
+from torchtrim.checkpoint.rebuild import placed
 from torchtrim.checkpoint.settings import set_loose, set_modes, set_plain
 from torchtrim.checkpoint.tensors import State, check_shapes, is_dense, put
 from torchtrim.edits.history import History
@@ -41,6 +42,8 @@ def load(
     The model is made again by its factory, its parameters taking no memory, the edits are done on it again, and each
     tensor is read straight into its place. Nothing is unpickled. The only code that is called is that of the factory,
     of a class named in a record, and only where these are of torch, timm or torchvision, or named in `trusted`.
+    A process remembers the last few models that it made so from timm and torchvision, without their weights: the next
+    load of the same edits copies one, unless something is `trusted`, or a class in it has another forward since.
 
     Args:
         path: The file.
@@ -161,7 +164,7 @@ def _rebuilt(
     # What was there before pruning may be larger than what is left; not without bound.
     limit = 2**30 + 16 * file.size
     try:
-        return rebuilt(start, past, trusted=trusted, limit=limit)
+        return made_again(start, past, trusted=trusted, limit=limit)
     except CheckpointMismatch as error:
         raise CheckpointMismatch(
             error.message,

@@ -100,11 +100,12 @@ def put(model: nn.Module, state: State) -> None:
             objects[own] = _object(own, held, state)
         new[old] = objects[own]
     swap(model, new)
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in places:
         owner, _, key = name.rpartition(".")
-        module = model.get_submodule(owner)
+        module = modules[owner]
         kept = module._parameters if key in module._parameters else module._buffers
-        kept[key] = objects[state.tied.get(name, name)]  # type: ignore[assignment]
+        kept[key] = objects[state.tied.get(name, name)]
 
 
 def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:

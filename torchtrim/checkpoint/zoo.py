@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import nn
@@ -68,6 +68,27 @@ def check_name(name: str) -> None:
     known = elsewhere or (package.is_model(short) if source == "timm" else short in package.list_models())
     if not known:
         raise ModelError(f"{source} has no such model", path=name, hint=nearest(short, package.list_models()))
+
+
+def settled(name: str) -> Hashable | None:
+    """What besides its arguments decides on the model that a zoo makes: the function, and the zoo's own switches.
+
+    `None` where there is no such model, or the function is not the zoo's own: users may register theirs.
+    """
+    source, _, short = name.partition(":")
+    if source not in ZOOS or importlib.util.find_spec(source) is None:
+        return None
+    if source == "timm":
+        package = zoo("timm")
+        function = package.model_entrypoint(short.partition(".")[0]) if package.is_model(short) else None
+        switches = vars(zoo("timm.layers.config"))
+    else:
+        models = zoo("torchvision.models")
+        function = models.get_model_builder(short) if short in models.list_models() else None
+        switches = {}
+    if function is None or not str(function.__module__).startswith(f"{source}."):
+        return None
+    return function, tuple(sorted((key, value) for key, value in switches.items() if type(value) in (bool, int)))
 
 
 def pretrained_arguments(name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from torchtrim.edits.calls import callers
+from torchtrim.edits.calls import Runs
 from torchtrim.edits.rewire import Room, open_room
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError, PathError
@@ -54,7 +54,9 @@ class Address:
         return Address(text, first, function, None if number is None else int(number))
 
 
-def places(work: Work, address: str, rooms: dict[str, Room] | None = None) -> list[tuple[Room, tuple[fx.Node, ...]]]:
+def places(
+    work: Work, address: str, rooms: dict[str, Room] | None = None, runs: Runs | None = None
+) -> list[tuple[Room, tuple[fx.Node, ...]]]:
     """Open the modules that make the calls an address names; with each, the call's node in each of its graphs.
 
     A path names all calls of its module, `path#k` one of them, and `path:function` the only call of that function.
@@ -63,6 +65,7 @@ def places(work: Work, address: str, rooms: dict[str, Room] | None = None) -> li
         work: The model that is worked on.
         address: The address.
         rooms: The modules that are open already, by path; those opened now are added.
+        runs: What runs of the model as it is now showed.
 
     Raises:
         PathError: No such module or call, or several calls of a function.
@@ -70,9 +73,10 @@ def places(work: Work, address: str, rooms: dict[str, Room] | None = None) -> li
     """
     where = Address.of(work.model, address)
     rooms = {} if rooms is None else rooms
+    runs = runs or Runs(work.model, work.inputs)
 
     def opened(path: str) -> Room:
-        rooms[path] = rooms.get(path) or open_room(work, path)
+        rooms[path] = rooms.get(path) or open_room(work, path, runs)
         return rooms[path]
 
     if where.function is not None:
@@ -82,7 +86,7 @@ def places(work: Work, address: str, rooms: dict[str, Room] | None = None) -> li
         raise PathError(
             "that is the whole model, which nothing in it calls", path="''", hint="the path of a module in it"
         )
-    in_eval, in_train = (callers(work.model, work.inputs, where.path, training) for training in (False, True))
+    in_eval, in_train = (runs.callers(where.path, training) for training in (False, True))
     calls = in_eval or in_train
     if not calls:
         raise PathError("it is never called for these inputs", path=address, hint="a path that tt.trace lists")

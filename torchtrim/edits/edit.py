@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 EditT = TypeVar("EditT", bound="Edit")
 
 _KINDS: dict[str, type[Edit]] = {}
-# Where the kinds are defined: imported when a record of a kind that was not met yet is read.
-_HOMES = ("cut", "head", "remove", "insert", "replace", "fuse", "channels", "prune", "sparsify", "cluster")
+# Where each kind is defined: imported when a record of it is read.
+_HOMES = {
+    "attach_head": "head", "cluster_weights": "cluster", "cut": "cut", "delete_channels": "channels",
+    "fuse_batchnorm": "fuse", "insert": "insert", "prune_channels": "prune", "remove": "remove", "replace": "replace",
+    "sparsify": "sparsify",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,14 @@ class Edit:
             raise EditError("an edit is an object of keys and values", found=type(data).__name__)
         values = dict(data)
         kind, version = values.pop("kind", None), values.pop("version", 1)
-        if not isinstance(kind, str) or kind not in kinds():
+        edit_type = _kind(kind) if isinstance(kind, str) else None
+        if edit_type is None:
             names = sorted(kinds())
             hint = nearest(str(kind), names)
             short = sorted(set(values) & set(names))
             if kind is None and short:
                 kind, hint = list(values), f'{{"kind": "{short[0]}", ...}}: only recipes take the name as a key'
             raise EditError("no such kind of edit", path="kind", found=kind, expected=names, hint=hint)
-        edit_type = kinds()[kind]
         if type(version) is not int or not 1 <= version <= edit_type.version:
             newer = type(version) is int and version > edit_type.version
             raise (EditTooNew if newer else EditError)(
@@ -103,9 +107,16 @@ class Edit:
 
 def kinds() -> dict[str, type[Edit]]:
     """Every kind of edit, in the order of their names in records."""
-    for home in _HOMES:
-        importlib.import_module(f"torchtrim.edits.{home}")
+    for kind in _HOMES:
+        _kind(kind)
     return dict(sorted(_KINDS.items()))
+
+
+def _kind(name: str) -> type[Edit] | None:
+    """The kind of edit of that name; `None` where there is none."""
+    if name in _HOMES and name not in _KINDS:
+        importlib.import_module(f"torchtrim.edits.{_HOMES[name]}")
+    return _KINDS.get(name)
 
 
 def to_json(edits: Sequence[Edit], *, weights: bool = True) -> str:

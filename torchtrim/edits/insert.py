@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from torchtrim.edits.addresses import Address, places
 from torchtrim.edits.apply import run
-from torchtrim.edits.calls import callers, run_copy
+from torchtrim.edits.calls import Runs, callers, run_copy
 from torchtrim.edits.edit import Edit, decided
 from torchtrim.edits.insert_check import check_insertion
 from torchtrim.edits.kept_module import kept_if_it_fails
@@ -175,6 +175,7 @@ class Insert(Edit):
         """Put it where it was put before, without running the model to find out where that is."""
         elements: list[tuple[nn.Sequential, str]] = []
         rooms: dict[str, tuple[Room, str]] = {}
+        runs = Runs(work.model, work.inputs)
         for place in self.placed:
             owner = resolve(work.model, place.owner)
             if place.key is not None:
@@ -183,7 +184,7 @@ class Insert(Edit):
                 elements.append((owner, place.key))
                 continue
             if place.owner not in rooms:
-                room = open_room(work, place.owner)
+                room = open_room(work, place.owner, runs)
                 rooms[place.owner] = (room, self._free(room.free_name, module))
             room, name = rooms[place.owner]
             calls = _calls(room, work, where)

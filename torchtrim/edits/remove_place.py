@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from torchtrim.edits.adapter_layers import PassOn
 from torchtrim.edits.addresses import Address, places
-from torchtrim.edits.calls import callers, held_plainly
+from torchtrim.edits.calls import Runs, callers, held_plainly
 from torchtrim.edits.joint import Form
 from torchtrim.edits.kept_nodes import Plan
 from torchtrim.edits.remove_runs import Call, Run, main_node
@@ -165,7 +165,8 @@ def _take_out_of_forwards(
     work: Work, taken: Sequence[Taken], adapters: Mapping[str, nn.Module], known: dict[str, Room]
 ) -> None:
     open_now = {path: room.on(work) for path, room in known.items()}
-    found = [(each, room, nodes) for each in taken for room, nodes in places(work, each.address, open_now)]
+    runs = Runs(work.model, work.inputs)
+    found = [(each, room, nodes) for each in taken for room, nodes in places(work, each.address, open_now, runs)]
     rooms = {room.path: room for _, room, _ in found}
     known |= rooms
     kept = {graph: needed(graph, room) for room in rooms.values() for graph in room.graphs}

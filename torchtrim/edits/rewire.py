@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from torchtrim.edits.calls import called_past_name, callers, held_plainly, modules_in, run_copy
+from torchtrim.edits.calls import Runs, called_past_name, callers, held_plainly, modules_in
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError, PathError, TraceError
 from torchtrim.graph.copying import kept_random_state, paused_collection, structural_copy
-from torchtrim.graph.fakes import Fakes
 from torchtrim.graph.guards import GUARDS, expect, expect_argument, expect_given
 from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.opened import opened
@@ -27,14 +25,19 @@ from torchtrim.graph.reader import Frame, pair_nodes
 from torchtrim.graph.reading import RESERVED, Evaluation, Reading, Value, function_name, same_graph
 
 
-def open_room(work: Work, path: str) -> Room:
+def open_room(work: Work, path: str, runs: Runs | None = None) -> Room:
     """Read the forward of one module of `work.model`, in both modes; `""` is the model itself.
+
+    Args:
+        work: The model that is worked on.
+        path: The module.
+        runs: What runs of the model as it is now showed.
 
     Raises:
         EditError: It cannot be read, or is called several times, each time in another way.
         PathError: It is never called.
     """
-    reader = _RoomReader(work.model, work.inputs, path)
+    reader = _RoomReader(work.model, work.inputs, path, runs or Runs(work.model, work.inputs))
     with kept_random_state(), torch.enable_grad(), paused_collection():
         readings = {training: reader.readings(training) for training in (False, True)}
     first = {training: found[0] for training, found in readings.items() if found}
@@ -267,11 +270,11 @@ def _keep_attributes(source: nn.Module, target: nn.Module) -> None:
 class _RoomReader:
     """Reads one module of a model as it is called there, on copies."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, path: str) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, path: str, runs: Runs) -> None:
         self.model = model
         self.inputs = inputs
         self.path = path
-        self.fake = Fakes()
+        self.runs = runs
         self.user_hooks = False
 
     def readings(self, training: bool) -> list[Reading]:
@@ -313,7 +316,7 @@ class _RoomReader:
                     kwargs,
                     wanted=lambda path, module: False,
                     closed={},
-                    evaluation=Evaluation(owner, training, self.fake, self.user_hooks),
+                    evaluation=Evaluation(owner, training, self.runs.fake, self.user_hooks),
                 )
             except TraceError as error:
                 failed = failed or error
@@ -324,22 +327,9 @@ class _RoomReader:
 
     def _captured(self, training: bool, batch: int) -> list[Any]:
         """What the module is given at each of its calls, as fake tensors."""
-        inputs = self.inputs.with_batch(batch)
         if not self.path:
-            return [self._faked((inputs.args, inputs.kwargs))]
-        calls: list[Any] = []
-
-        def watch(twin: nn.Module) -> None:
-            calls.clear()
-            twin.get_submodule(self.path).register_forward_pre_hook(
-                lambda _module, args, kwargs: calls.append(self._faked((args, kwargs))), with_kwargs=True
-            )
-
-        self.user_hooks = run_copy(self.model, inputs, training, watch, self.fake)
-        return calls
-
-    def _faked(self, value: Any) -> Any:
-        return pytree.tree_map_only(torch.Tensor, self._fake_tensor, value)
-
-    def _fake_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor.detach())
+            inputs = self.inputs.with_batch(batch)
+            return [self.runs.faked((inputs.args, inputs.kwargs))]
+        found = self.runs.given(self.path, training, batch)
+        self.user_hooks = self.runs.took_user_hooks(training, batch)
+        return found

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from torchtrim.graph.copying import structural_copy
 from torchtrim.graph.reading import same_graph
 from torchtrim.graph.writable import check_writable
 
@@ -103,6 +104,27 @@ class OpenedModule(fx.GraphModule):
     def __reduce__(self) -> Any:
         # The graphs point back at this module, so they travel in the state and not in the constructor's arguments.
         return (_empty, (self._name,), dict(self.__dict__), None, None, _restore)
+
+
+def with_own_graphs(model: nn.Module, *, compiled: bool = True) -> nn.Module:
+    """A structural copy whose opened modules share no graph and no class with the original's.
+
+    Args:
+        model: The model; parameters and buffers are shared.
+        compiled: Make the copy fit to run. Without it, it can only be copied in this way again.
+    """
+    twin = structural_copy(model)
+    for module in twin.modules():
+        if isinstance(module, OpenedModule):
+            if module.train_graph is not None:
+                module.__dict__["train_graph"] = copy.deepcopy(module.train_graph)
+            graph = copy.deepcopy(module._graph)
+            if compiled:
+                module.__class__ = type(OpenedModule.__new__(OpenedModule))  # fx makes a class for each instance
+                module.graph = graph
+            else:
+                module.__dict__["_graph"] = graph
+    return twin
 
 
 def _call_plainly(kind: type) -> None:

@@ -6,9 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 
 @contextmanager
 def progress(name: str) -> Iterator[Callable[[str, float], Any]]:
@@ -17,6 +14,9 @@ def progress(name: str) -> Iterator[Callable[[str, float], Any]]:
     Args:
         name: What the whole work is called.
     """
+    from rich.console import Console  # not above: whatever may work long would load it
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     console = Console(stderr=True)
     columns = TextColumn(name), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:

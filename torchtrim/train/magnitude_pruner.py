@@ -186,15 +186,6 @@ class MagnitudePruner:
         """Whether the schedule's final sparsity is there."""
         return self._finished or (bool(self._course) and self._reached >= self._schedule.final)
 
-    def apply(self) -> None:
-        """Set what has been pruned to zero again, where something else than a step has changed the weights.
-
-        Raises:
-            EditError: A weight was replaced or reshaped, and the model's history does not say how.
-        """
-        self._rename(self._masks.refresh())
-        self._masks.apply()
-
     def step(self) -> bool:
         """Prune where the schedule says so, and keep at zero what has been pruned: behind `optimizer.step()`.
 

@@ -207,7 +207,7 @@ class TrainingRun:
 
     def _mask(self) -> None:
         if self.pruner is not None:
-            self.pruner.apply()
+            self.pruner.mask(self.model)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in named_tensors(self.model).items()}
