@@ -119,6 +119,7 @@ class _Follower(TorchDispatchMode):
         self.stack: list[tuple[str, nn.Module]] = []
         self.returned: set[int] = set()
         self.demands = Demands()
+        self.repeating = 0
         self.numbers: dict[Attribute, int] = {}
 
     def where(self, name: str) -> str:
@@ -188,7 +189,7 @@ class _Follower(TorchDispatchMode):
             return
         static = all(label.static for label in labels)
         bound = _bound(func, args, kwargs)
-        call = OpCall(name.removesuffix("_"), bound, out, channels, self, where, module, static)
+        call = OpCall(name.removesuffix("_"), bound, out, channels, self, where, module, static, self.repeating > 0)
         if any(label.dead for label in labels):
             self._without_dead(call, func, given, labels, results)
         else:

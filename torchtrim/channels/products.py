@@ -16,6 +16,7 @@ from torchtrim.channels.rules import (
     Shape,
     aligned,
     along,
+    extent_of,
     joined,
     rule,
     shape_of,
@@ -70,7 +71,8 @@ def _placed(layer: Layer, term: str, letters: str) -> Layer:
 
 def _by_heads(call: OpCall, tensor: torch.Tensor) -> Operand:
     """The same, where queries (keys, values) that are learned and projected, by heads, count as computed."""
-    layers, shape, static = _operand(call, tensor)
+    layers, _, static = _operand(call, tensor)
+    shape = extent_of(tensor, layers)
     learned = len(shape) == 3 and call.labels.label(tensor).made and any(0 in varying(layer) for layer in layers)
     return layers, shape, static and not learned
 
@@ -148,6 +150,10 @@ def _convolution(call: OpCall) -> None:
     channels, where = call.channels, call.where
     passing = _passing(call)
     others = [layer for layer in call.layers(source) if not any(layer is each for each in passing)]
+    by_batch = _over_heads(call, others, groups)
+    if by_batch is not None:
+        call.give(call.out, [*by_batch, *passing])
+        return
     read = vector(call, others, 1, int(source.shape[1]))
     layers = [channels.fixed_along(layer, range(2, weight.dim()), where) for layer in call.layers(weight)]
     tables = [layer.reshape(layer.shape[:2]) for layer in layers if layer is not None]
@@ -159,6 +165,34 @@ def _convolution(call: OpCall) -> None:
         for layer in call.layers(call["bias"]):
             channels.link(layer, written, where)
     call.give(call.out, [*([] if written is None else [along(written, 1, call.out.dim())]), *passing])
+
+
+def _over_heads(call: OpCall, layers: Sequence[Layer], groups: int) -> list[Layer] | None:
+    """The layers that come of a convolution over each head by itself, where heads stand in the batch; else `None`.
+
+    All of them share one weight, as in a product of matrices.
+    """
+    source, weight = call["input"], call["weight"]
+    if call.arguments.get("transposed") or not any(0 in varying(layer) for layer in layers):
+        return None
+    if any(not varying(layer) <= {0, 1} for layer in layers):
+        return None
+    (wide, size), count = shape_of(weight)[:2], int(source.shape[0])
+    held = [call.channels.fixed_along(layer, range(2, weight.dim()), call.where) for layer in call.layers(weight)]
+    tables = [layer.reshape(layer.shape[:2]) for layer in held if layer is not None]
+    given = [layer.reshape(layer.shape[:2]) for layer in layers]
+    shape = (count, int(source.shape[1]))
+    if groups == 1:
+        made = _contract(call, "nc,oc->no", [(given, shape, False), (tables, (wide, size), True)])
+    elif groups == wide and size == 1:
+        rows = [layer.reshape(1, -1) for layer in tables]
+        made = joined(call.channels, [(given, shape), (rows, (1, wide))], call.where)
+    else:
+        return None
+    if isinstance(call["bias"], torch.Tensor):
+        shift = [along(layer, 1, 2) for layer in call.layers(call["bias"])]
+        made = joined(call.channels, [(made, (count, wide)), (shift, (1, wide))], call.where)
+    return [layer.reshape(*layer.shape, *(1,) * (call.out.dim() - 2)) for layer in made]
 
 
 def _passing(call: OpCall) -> list[Layer]:

@@ -108,6 +108,7 @@ def _by_call(parts: Sequence[EqualParts]) -> list[list[EqualParts]]:
 
 
 _HEADS = "the heads of an attention"
+_SHARED = "all heads of an attention share it"
 
 
 @dataclass(eq=False)
@@ -203,6 +204,9 @@ class _Merge:
     def heads(self, layer: Layer, axis: int, implied: Implied) -> None:
         """Merge the channels of each attention head; where heads cannot go, the same place of all of them.
 
+        A weight that all heads share (embeddings of relative positions, a convolution over each head) goes with none of
+        them: where it ties them together, it stays.
+
         Args:
             layer: The channels, by heads.
             axis: The dimension that counts the heads.
@@ -210,13 +214,17 @@ class _Merge:
         """
         if (self.root[layer] == FIXED).all():
             return
-        before = self.root.copy(), dict(self.reasons)
-        self.rows(layer, _HEADS, axis)
-        implied.join(self)
-        if len(np.unique(self.root[layer])) - bool((self.root[layer] == FIXED).any()) < 2:
+        for shared in (False, True):
+            before = self.root.copy(), dict(self.reasons)
+            for each in implied.shared(self, layer, axis) if shared else ():
+                self.pin(each, _SHARED)
+            self.rows(layer, _HEADS, axis)
+            implied.join(self)
+            if len(np.unique(self.root[layer])) - bool((self.root[layer] == FIXED).any()) > 1:
+                return
             self.root, self.reasons = before
-            for other in varying(layer) - {axis}:
-                self.rows(layer, _HEADS, other)
+        for other in varying(layer) - {axis}:
+            self.rows(layer, _HEADS, other)
 
     def whole_heads(self, layer: Layer) -> None:
         """Hold channels fast that set the scale of an attention by their number, unless its heads go whole."""
@@ -289,6 +297,30 @@ class Implied:
             found[FIXED] = False
             if int(found.sum()) == count:
                 break
+        return found
+
+    def shared(self, merge: _Merge, layer: Layer, axis: int) -> IntArray:
+        """The channels of which each takes some of several heads with it, and belongs to none.
+
+        Args:
+            merge: The channels as they are merged.
+            layer: The channels of the heads.
+            axis: The dimension that counts the heads.
+        """
+        if not self.why:
+            return np.zeros(0, np.int64)
+        rows = np.moveaxis(merge.root[layer], axis, 0).reshape(layer.shape[axis], -1)
+        head_of = np.full(merge.root.shape, -1)
+        head_of[rows] = np.arange(len(rows))[:, None]
+        head_of[FIXED] = -1
+        roots = merge.root[self.channels]
+        low, high = np.minimum.reduceat(roots, self.starts), np.maximum.reduceat(roots, self.starts)
+        alone = (low == high) & (low != FIXED) & (head_of[low] < 0)
+        heads = head_of[merge.root[self.ends]]
+        taken = alone[self.by] & (heads >= 0)
+        pairs = np.unique(np.stack([low[self.by[taken]], heads[taken]]), axis=1)
+        several, counts = np.unique(pairs[0], return_counts=True)
+        found: IntArray = several[counts > 1]
         return found
 
     def join(self, merge: _Merge) -> None:
