@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -71,10 +72,23 @@ def _placed(layer: Layer, term: str, letters: str) -> Layer:
 
 def _by_heads(call: OpCall, tensor: torch.Tensor) -> Operand:
     """The same, where queries (keys, values) that are learned and projected, by heads, count as computed."""
-    layers, _, static = _operand(call, tensor)
-    shape = extent_of(tensor, layers)
+    layers, shape, static = _operand(call, tensor)
     learned = len(shape) == 3 and call.labels.label(tensor).made and any(0 in varying(layer) for layer in layers)
     return layers, shape, static and not learned
+
+
+def _repeated(call: OpCall, names: Sequence[str]) -> None:
+    """Give what is repeated for each matrix of the other operand channels along these: there are as many as of those.
+
+    A weight that all heads share is repeated so (embeddings of relative positions).
+    """
+    one, other = (call[name] for name in names)
+    for tensor, beside in ((one, other), (other, one)):
+        label = call.labels.label(tensor)
+        told = any(0 in varying(layer) for layer in call.layers(beside))
+        if told and tensor.dim() == 3 and extent_of(tensor, label.layers)[0] < tensor.shape[0]:
+            along_batch = along(call.channels.new((int(tensor.shape[0]),)), 0, 3)
+            call.labels.give(tensor, replace(label, layers=(*label.layers, along_batch)))
 
 
 _PRODUCTS = {
@@ -92,6 +106,8 @@ _PRODUCTS = {
 @rule(*_PRODUCTS)
 def _product(call: OpCall) -> None:
     equation, *names = _PRODUCTS[call.name.removesuffix("_")]
+    if "b" in equation:
+        _repeated(call, names)
     operands = [_by_heads(call, call[name]) for name in names]
     layers = _contract(call, equation, operands)
     if call.name.startswith(("add", "badd")):
