@@ -6,7 +6,19 @@ import torch
 from torch import nn
 
 from torchtrim.channels.labels import EqualParts, varying
-from torchtrim.channels.rules import OpCall, Shape, aligned, along, extent_of, joined, rule, shape_of, tensors_in, vector, without
+from torchtrim.channels.rules import (
+    OpCall,
+    Shape,
+    aligned,
+    along,
+    extent_of,
+    joined,
+    rule,
+    shape_of,
+    tensors_in,
+    vector,
+    without,
+)
 
 
 def elementwise(call: OpCall) -> None:

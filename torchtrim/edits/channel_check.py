@@ -107,7 +107,9 @@ def _foretold(step: Step, number: int, found: tuple[int, ...], gone: Mask) -> tu
     free = step.free[number] if step.free else frozenset()
     if expected is None or not free or len(expected) != len(found):
         return expected
-    return tuple(other if axis in free else size for axis, (size, other) in enumerate(zip(expected, found, strict=True)))
+    return tuple(
+        other if axis in free else size for axis, (size, other) in enumerate(zip(expected, found, strict=True))
+    )
 
 
 def _start_after(step: Step, gone: Mask) -> tuple[int, ...] | None:

@@ -176,9 +176,7 @@ def _each(attribute: Attribute, value: Any) -> Iterator[tuple[Attribute, int]]:
     if type(value) is int:
         yield attribute, value
     elif isinstance(value, list):
-        yield from (
-            (replace(attribute, keys=(key,)), item) for key, item in enumerate(value) if type(item) is int
-        )
+        yield from ((replace(attribute, keys=(key,)), item) for key, item in enumerate(value) if type(item) is int)
 
 
 def _held(module: nn.Module, attribute: Attribute) -> Any:
@@ -236,7 +234,7 @@ def _became(values: Iterable[tuple[Shape, Label]], gone: Mask) -> dict[int, set[
     told = [(shape, label) for shape, label in values if label.layers]
     found: dict[int, set[int]] = {}
     for (shape, label), after in zip(told, Sizes.of([tuple(told)]).after(gone)[0], strict=True):
-        for axis in frozenset().union(*map(varying, label.layers)):
+        for axis in frozenset().union(*map(varying, label.layers)) - _batch(shape):
             found.setdefault(shape[axis], set()).add(after[axis])
     return found
 
@@ -359,10 +357,15 @@ def _from_call(module: nn.Module, call: ModuleCall, gone: Mask) -> None:
 def _width(shape: tuple[int, ...], label: Label, gone: Mask) -> tuple[int, int] | None:
     """How many channels a value has, and how many stay; `None` where it loses none."""
     after = shape_after(shape, label, gone)
-    axes = [] if after is None else [axis for axis, size in enumerate(shape) if size != after[axis]]
+    axes = [axis for axis, size in enumerate(shape) if after and size != after[axis] and axis not in _batch(shape)]
     if after is None or len(axes) != 1:
         return None
     return shape[axes[0]], after[axes[0]]
+
+
+def _batch(shape: Shape) -> frozenset[int]:
+    """The dimension that counts samples, and may count heads with them: no width."""
+    return frozenset((0,) if len(shape) > 1 else ())
 
 
 def _parts_left(shape: tuple[int, ...], label: Label, parts: int, gone: Mask) -> int:

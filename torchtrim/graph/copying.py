@@ -180,7 +180,7 @@ def _copy_module(module: nn.Module, memo: dict[int, Any], whole: bool = False) -
 def _says_how(kind: type[nn.Module]) -> bool:
     """Whether modules of a class say what of them is copied, or make something anew in a copy."""
     own = [base for base in kind.__mro__ if base not in (nn.Module, object)]
-    # Torch's layers only add what modules lack that were pickled long ago; recurrent ones refer to their weights weakly.
+    # Torch's own only add what modules lack that were pickled long ago; but recurrent ones hold weak references.
     own = [base for base in own if not base.__module__.startswith("torch.nn.modules.") or base is nn.RNNBase]
     return any(name in vars(base) for base in own for name in _COPYING)
 
