@@ -144,13 +144,14 @@ def _copy_module(module: nn.Module, memo: dict[int, Any], whole: bool = False) -
     """
     if id(module) in memo:
         return memo[id(module)]
+    kind: Any = type(module)
     if (
         isinstance(module, torch.jit.ScriptModule)
-        or (hasattr(type(module), "__deepcopy__") and (whole or not isinstance(module, fx.GraphModule)))
-        or (whole and _says_how(type(module)))
+        or (hasattr(kind, "__deepcopy__") and (whole or not isinstance(module, fx.GraphModule)))
+        or (whole and _says_how(kind))
     ):
         return copy.deepcopy(module, memo)
-    twin = object.__new__(type(module))
+    twin = object.__new__(kind)
     memo[id(module)] = twin
     attributes = twin.__dict__
     for name, value in module.__dict__.items():
