@@ -133,7 +133,7 @@ def dependencies(model: nn.Module, flow: Flow, *, protect: What | Iterable[What]
         if not fast:
             break
         unit_of = _renumbered(unit_of, np.concatenate([group.units for group in fast]).tolist())
-    left_alone = _left_alone(layers, units, unit_of) | uneven
+    left_alone = _with_sharers(model, _left_alone(layers, units, unit_of) | uneven)
     return Dependencies(flow, groups, unit_of, left_alone, tuple(_one_of(flow, unit_of, group_of)), units.implied)
 
 
@@ -304,6 +304,18 @@ def _left_alone(layers: list[tuple[str, str, Layer]], units: Units, unit_of: Int
         if all((unit_of[layer] < 0).all() for layer in rows):
             reason = units.reason(max(rows, key=np.size))
             found[path.rpartition(".")[0] or path] = reason or "all of its channels can only go together"
+    return found
+
+
+def _with_sharers(model: nn.Module, left_alone: dict[str, str]) -> dict[str, str]:
+    """The layers that are left alone, with those that share a weight of one."""
+    found, first = dict(left_alone), dict[int, str]()
+    for path, module in model.named_modules():
+        for held in module._parameters.values():
+            if held is not None and held.dim() > 1:
+                owner = first.setdefault(id(held), path)
+                if owner in left_alone:
+                    found.setdefault(path, left_alone[owner])
     return found
 
 
