@@ -157,8 +157,10 @@ def _copy_module(module: nn.Module, memo: dict[int, Any], whole: bool = False) -
     for name, value in module.__dict__.items():
         if name == "_compiled_call_impl":
             continue  # of `module.compile()`: a copy runs as it was written
-        if type(value) in _PLAIN:
+        if type(value) in _PLAIN or (type(value) is tuple and all(type(item) in _PLAIN for item in value)):
             attributes[name] = value
+        elif type(value) is set and not value:
+            attributes[name] = set()
         elif name == "_modules":
             attributes[name] = {
                 key: None if child is None else _copy_module(child, memo, whole) for key, child in value.items()
