@@ -322,3 +322,19 @@ def test_tied_widths_keep_the_same_fraction() -> None:
     scores = np.arange(found.count, dtype=float)
     left = {group.name: int((~select(found, scores, np.full(2, 0.5))[group.units]).sum()) for group in found.groups}
     assert left == {"stem": 40, "qkv": 2}
+
+
+def test_a_layer_that_shares_the_weight_of_one_that_is_left_alone_is_named_too() -> None:
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(8, 6)
+            self.two.weight = self.one.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            return self.one(x) + self.two(x)
+
+    found = found_in(Shares(), 2, 4)
+    assert list(by_name(found)) == ["stem"]
+    assert found.left_alone == dict.fromkeys(("one", "two"), "the model's output has its width")

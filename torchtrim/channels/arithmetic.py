@@ -6,7 +6,19 @@ import torch
 from torch import nn
 
 from torchtrim.channels.labels import EqualParts, varying
-from torchtrim.channels.rules import OpCall, Shape, aligned, along, joined, rule, shape_of, tensors_in, vector, without
+from torchtrim.channels.rules import (
+    OpCall,
+    Shape,
+    aligned,
+    along,
+    extent_of,
+    joined,
+    rule,
+    shape_of,
+    tensors_in,
+    vector,
+    without,
+)
 
 
 def elementwise(call: OpCall) -> None:
@@ -17,7 +29,8 @@ def elementwise(call: OpCall) -> None:
     for tensor in tensors_in(call.arguments):
         if tensor.dim() <= ndim:
             layers = [aligned(layer, ndim) for layer in call.layers(tensor)]
-            operands.append((layers, (1,) * (ndim - tensor.dim()) + shape_of(tensor)))
+            extent = extent_of(tensor, call.layers(tensor))
+            operands.append((layers, (1,) * (ndim - tensor.dim()) + extent))
         else:
             call.pin(call.layers(tensor))
     layers = joined(call.channels, operands, call.where)

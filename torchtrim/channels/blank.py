@@ -40,10 +40,18 @@ class Blanks:
             if kind.writes:
                 raise RuntimeError(f"{op} writes to a real tensor")
             args, kwargs = pytree.tree_map_only(torch.Tensor, self._blanked, (args, kwargs))
-        if not kind.plain:
+        if not (kind.plain or kind.in_place):
             return op(*args, **kwargs)
         key = (op, torch.get_default_dtype(), _key(args), _key(kwargs))
         known = _KNOWN.get(key)
+        if known is _UNCHANGED:
+            return args[0]
+        if known is None and kind.in_place:
+            layout = _key(args[0])
+            out = op(*args, **kwargs)
+            if out is args[0] and _key(out) == layout:
+                _KNOWN[key] = _UNCHANGED
+            return out
         if known is None:
             out = op(*args, **kwargs)
             if len(_KNOWN) >= _MOST:
@@ -69,6 +77,7 @@ class _Kind:
         values: Whether it reads or makes values: a constant's number, `torch.tensor(2)`.
         writes: Whether it changes an argument.
         plain: Whether all it gives is new.
+        in_place: Whether it changes its first argument, no other, and gives just that.
     """
 
     def __init__(self, op: Any) -> None:
@@ -79,9 +88,14 @@ class _Kind:
         self.values = schema.name in ("aten::lift_fresh", "aten::_local_scalar_dense")
         self.writes = schema.is_mutable
         aliased = any(each.alias_info is not None for each in (*schema.arguments, *schema.returns))
+        written = [argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments]
+        single = len(schema.returns) == 1 and schema.returns[0].alias_info is not None
+        self.in_place = written[:1] == [True] and sum(written) == 1 and single and not schema.name.startswith(_HANDED)
         self.plain = not (aliased or self.values or schema.name in ("aten::_reshape_alias", "aten::_unsafe_view"))
 
 
+_HANDED = ("aten::set_", "aten::_resize", "aten::resize_", "aten::as_strided_")  # what lies below changes hands
+_UNCHANGED = object()  # what is given for an operator after which its first argument looks as before
 _kind = cache(_Kind)
 _KNOWN: dict[Any, Any] = {}
 _MOST = 20_000

@@ -17,6 +17,7 @@ class Following(Protocol):
     """What knows the labels."""
 
     known: dict[int, tuple[torch.Tensor, Label]]
+    repeating: int  # how many calls that are under way repeat values a given number of times
 
     def label(self, tensor: torch.Tensor) -> Label:
         """The label of a tensor."""
@@ -37,6 +38,8 @@ class Watching(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _REPEATS:
+            return self._repeated(func, args, kwargs)
         out = func(*args, **kwargs)
         if func in _SIZES:
             return self._sized(args[0], out, *args[1:], **kwargs)
@@ -44,6 +47,13 @@ class Watching(TorchFunctionMode):
         if note is not None and (args or kwargs):
             note(self, out, args, kwargs, getattr(func, "__name__", "a call"))
         return out
+
+    def _repeated(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.following.repeating += 1
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.following.repeating -= 1
 
     def _sized(self, tensor: torch.Tensor, out: Any, dim: int | None = None) -> Any:
         known = self.following.known.get(id(tensor))
@@ -187,6 +197,7 @@ def _hot(watch: Watching, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 _T = torch.Tensor
 _SIZES = {_T.shape.__get__, _T.size, _T.__len__}  # type: ignore[attr-defined]
+_REPEATS = {_T.repeat_interleave, torch.repeat_interleave}
 _Note = Callable[[Watching, Any, tuple[Any, ...], dict[str, Any], str], None]
 _NOTES: dict[Any, _Note] = {
     **dict.fromkeys((_T.view, _T.reshape, torch.reshape), _shaped),

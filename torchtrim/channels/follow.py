@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtrim.channels.demands import Watching
 from torchtrim.channels.labels import Channels, Label
 from torchtrim.channels.rulebook import rule_for
-from torchtrim.channels.rules import OpCall, shape_of, tensors_in
+from torchtrim.channels.rules import OpCall, extent_of, shape_of, tensors_in
 from torchtrim.channels.run import Flow, ModuleCall, Run, Step, Values, cost_of, shape_after
 from torchtrim.channels.stage import Stage, plain_recurrence
 from torchtrim.channels.widths import Attribute, Demands, mark
@@ -104,6 +104,7 @@ def _grouped(weight: torch.Tensor, groups: int, channels: Channels) -> Label:
 
 
 _NONE = Label(static=True)
+_RELABELS = ("bmm", "baddbmm")  # what these are given may turn out to have as many matrices as something else
 
 
 class _Follower(TorchDispatchMode):
@@ -119,6 +120,7 @@ class _Follower(TorchDispatchMode):
         self.stack: list[tuple[str, nn.Module]] = []
         self.returned: set[int] = set()
         self.demands = Demands()
+        self.repeating = 0
         self.numbers: dict[Attribute, int] = {}
 
     def where(self, name: str) -> str:
@@ -165,7 +167,10 @@ class _Follower(TorchDispatchMode):
             read = self.values((args, kwargs))
             self._label(func, name, args, kwargs, out, results, where, module)
             macs, cost = cost_of(func, args, kwargs, out)
+            read = self.values((args, kwargs)) if name in _RELABELS else read
         step = Step(name, where, path, self.values(results), read, macs, cost=cost)
+        if self.channels is not None and any(0 in each.stride() for each in results if each.layout is torch.strided):
+            step = replace(step, free=tuple(map(_free, results, [label for _, label in step.outputs])))
         if name == "slice":
             sliced = _bound(func, args, kwargs)
             axis = sliced["dim"] % sliced["self"].dim()
@@ -188,7 +193,7 @@ class _Follower(TorchDispatchMode):
             return
         static = all(label.static for label in labels)
         bound = _bound(func, args, kwargs)
-        call = OpCall(name.removesuffix("_"), bound, out, channels, self, where, module, static)
+        call = OpCall(name.removesuffix("_"), bound, out, channels, self, where, module, static, self.repeating > 0)
         if any(label.dead for label in labels):
             self._without_dead(call, func, given, labels, results)
         else:
@@ -231,6 +236,12 @@ class _Follower(TorchDispatchMode):
                 expected="a branch that is concatenated, or added",
                 hint="tt.remove, or leave a channel",
             )
+
+
+def _free(tensor: torch.Tensor, label: Label) -> frozenset[int]:
+    """The dimensions along which the same values are repeated and no channels are told apart."""
+    extent = extent_of(tensor, label.layers)
+    return frozenset(axis for axis, size in enumerate(shape_of(tensor)) if extent[axis] < size)
 
 
 def _batch_normed(args: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:

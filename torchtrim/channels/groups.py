@@ -44,6 +44,8 @@ class Group:
         channels_each: How many entries of that layer one unit is (of attention heads: the width of a head).
         family: Groups of the same number keep the same fraction.
         step: The kept number of units is a multiple of this.
+        bloc: Groups of a family that are of the same number keep that fraction together, where they cannot each: what
+            is tied to something else is all of them (heads that go through convolutions of their own, and a stream).
         structure: Groups of the same structure are built of the same kinds of layers.
     """
 
@@ -53,6 +55,7 @@ class Group:
     channels_each: int
     family: int
     step: int = 1
+    bloc: int = 0
     structure: str = ""
 
     @property
@@ -130,7 +133,7 @@ def dependencies(model: nn.Module, flow: Flow, *, protect: What | Iterable[What]
         if not fast:
             break
         unit_of = _renumbered(unit_of, np.concatenate([group.units for group in fast]).tolist())
-    left_alone = _left_alone(layers, units, unit_of) | uneven
+    left_alone = _with_sharers(model, _left_alone(layers, units, unit_of) | uneven)
     return Dependencies(flow, groups, unit_of, left_alone, tuple(_one_of(flow, unit_of, group_of)), units.implied)
 
 
@@ -182,7 +185,10 @@ def _without_fraction(groups: tuple[Group, ...]) -> Iterator[tuple[Group, str]]:
         families.setdefault(group.family, []).append(group)
     for family in families.values():
         sizes = sorted({len(group.units) for group in family})
-        if len(family) > 1 and math.gcd(*sizes) == 1:
+        together: dict[int, int] = {}
+        for group in family:
+            together[group.bloc] = together.get(group.bloc, 0) + len(group.units)
+        if len(family) > 1 and math.gcd(*sizes) == 1 == math.gcd(*together.values()):
             told = ", ".join(map(str, sizes))
             yield from (
                 (group, f"as large a part would have to go of {told} channels or heads each") for group in family
@@ -223,6 +229,7 @@ def _groups(
             own.setdefault(number, []).append(member)
     order = _Order.of(flow)
     families = _families(flow, unit_of, group_of)
+    blocs = _blocs(flow, unit_of, group_of)
     found = []
     for number, touched in own.items():
         naming = min(touched, key=lambda each: (_ROLES.index(each.role), order[each.path]))
@@ -236,6 +243,7 @@ def _groups(
             tuple(touched),
             int(counts[0]),
             families[number],
+            bloc=blocs[number],
             structure=str(structure),
         )
         found.append((order[naming.path], int(group.units[0]), number, group))
@@ -269,6 +277,22 @@ def _families(flow: Flow, unit_of: IntArray, group_of: IntArray) -> list[int]:
     return [int(each) for each in family]
 
 
+def _blocs(flow: Flow, unit_of: IntArray, group_of: IntArray) -> list[int]:
+    """The bloc of each group: those that stand in the same sides of ties, each unit as often."""
+    sides: dict[int, list[tuple[int, int]]] = {}
+    for number, side in enumerate(each for tie in flow.ties for each in (tie.one, tie.other)):
+        units, counts = np.unique(unit_of[side], return_counts=True)
+        for group in np.unique(group_of[units[units >= 0]]).tolist():
+            own = counts[(units >= 0) & (group_of[units] == group)]
+            # A group of which units stand in it unequally often is a bloc by itself.
+            sides.setdefault(group, []).append((number, int(own[0]) if (own == own[0]).all() else -1 - group))
+    known: dict[tuple[tuple[int, int], ...], int] = {}
+    return [
+        known.setdefault(tuple(sides.get(group, [(-1, group)])), group)
+        for group in range(int(group_of.max(initial=-1)) + 1)
+    ]
+
+
 def _left_alone(layers: list[tuple[str, str, Layer]], units: Units, unit_of: IntArray) -> dict[str, str]:
     """The layers of which nothing can go."""
     written: dict[str, list[Layer]] = {}
@@ -280,6 +304,18 @@ def _left_alone(layers: list[tuple[str, str, Layer]], units: Units, unit_of: Int
         if all((unit_of[layer] < 0).all() for layer in rows):
             reason = units.reason(max(rows, key=np.size))
             found[path.rpartition(".")[0] or path] = reason or "all of its channels can only go together"
+    return found
+
+
+def _with_sharers(model: nn.Module, left_alone: dict[str, str]) -> dict[str, str]:
+    """The layers that are left alone, with those that share a weight of one."""
+    found, first = dict(left_alone), dict[int, str]()
+    for path, module in model.named_modules():
+        for held in module._parameters.values():
+            if held is not None and held.dim() > 1:
+                owner = first.setdefault(id(held), path)
+                if owner in left_alone:
+                    found.setdefault(path, left_alone[owner])
     return found
 
 

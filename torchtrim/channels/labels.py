@@ -32,7 +32,7 @@ def varying(layer: Layer) -> frozenset[int]:
         >>> sorted(varying(np.zeros((1, 4, 1, 2), dtype=np.int64)))
         [1, 3]
     """
-    return frozenset(axis for axis, size in enumerate(layer.shape) if size > 1)
+    return frozenset([axis for axis, size in enumerate(layer.shape) if size > 1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,6 +259,8 @@ def kept_indices(layer: Layer, gone: Mask) -> dict[int, Mask] | None:
         True
     """
     stays = ~gone[layer]
+    if layer.size == max(layer.shape, default=0) > 1:
+        return {layer.shape.index(layer.size): stays.ravel()}
     found: dict[int, Mask] = {}
     grid: Mask = np.ones((1,) * layer.ndim, dtype=bool)
     for axis in sorted(varying(layer)):

@@ -41,7 +41,10 @@ def _permute(call: OpCall) -> None:
 
 @rule("expand", "repeat")
 def _expand(call: OpCall) -> None:
-    """What is repeated along a dimension has channels of its own there: it is as wide as something else is."""
+    """What is repeated along a dimension has channels of its own there: it is as wide as something else is.
+
+    Not where each value is repeated a given number of times (`repeat_interleave`): that number is not a width.
+    """
     source, new = call["self"], call.out.dim() - call["self"].dim()
     before = (1,) * new + shape_of(source)
     times = [size // old if old else 1 for old, size in zip(before, shape_of(call.out), strict=True)]
@@ -51,7 +54,7 @@ def _expand(call: OpCall) -> None:
         layers.append(np.tile(wide, [each if size > 1 else 1 for each, size in zip(times, wide.shape, strict=True)]))
     first = new if call.static and new else 1  # not the batch, nor a weight for each of it
     for axis in range(0 if call.static and call.out.dim() == 1 else first, call.out.dim()):
-        if before[axis] == 1 and times[axis] > 1:
+        if before[axis] == 1 and times[axis] > 1 and not call.repeats:
             layers.append(along(call.channels.new((times[axis],)), axis, call.out.dim()))
     call.give(call.out, layers)
 

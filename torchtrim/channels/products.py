@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -16,6 +17,7 @@ from torchtrim.channels.rules import (
     Shape,
     aligned,
     along,
+    extent_of,
     joined,
     rule,
     shape_of,
@@ -75,6 +77,20 @@ def _by_heads(call: OpCall, tensor: torch.Tensor) -> Operand:
     return layers, shape, static and not learned
 
 
+def _repeated(call: OpCall, names: Sequence[str]) -> None:
+    """Give what is repeated for each matrix of the other operand channels along these: there are as many as of those.
+
+    A weight that all heads share is repeated so (embeddings of relative positions).
+    """
+    one, other = (call[name] for name in names)
+    for tensor, beside in ((one, other), (other, one)):
+        label = call.labels.label(tensor)
+        told = any(0 in varying(layer) for layer in call.layers(beside))
+        if told and tensor.dim() == 3 and extent_of(tensor, label.layers)[0] < tensor.shape[0]:
+            along_batch = along(call.channels.new((int(tensor.shape[0]),)), 0, 3)
+            call.labels.give(tensor, replace(label, layers=(*label.layers, along_batch)))
+
+
 _PRODUCTS = {
     "mm": ("mk,kn->mn", "self", "mat2"),
     "bmm": ("bmk,bkn->bmn", "self", "mat2"),
@@ -90,6 +106,8 @@ _PRODUCTS = {
 @rule(*_PRODUCTS)
 def _product(call: OpCall) -> None:
     equation, *names = _PRODUCTS[call.name.removesuffix("_")]
+    if "b" in equation:
+        _repeated(call, names)
     operands = [_by_heads(call, call[name]) for name in names]
     layers = _contract(call, equation, operands)
     if call.name.startswith(("add", "badd")):
@@ -148,6 +166,10 @@ def _convolution(call: OpCall) -> None:
     channels, where = call.channels, call.where
     passing = _passing(call)
     others = [layer for layer in call.layers(source) if not any(layer is each for each in passing)]
+    by_batch = _over_heads(call, others, groups)
+    if by_batch is not None:
+        call.give(call.out, [*by_batch, *passing])
+        return
     read = vector(call, others, 1, int(source.shape[1]))
     layers = [channels.fixed_along(layer, range(2, weight.dim()), where) for layer in call.layers(weight)]
     tables = [layer.reshape(layer.shape[:2]) for layer in layers if layer is not None]
@@ -159,6 +181,34 @@ def _convolution(call: OpCall) -> None:
         for layer in call.layers(call["bias"]):
             channels.link(layer, written, where)
     call.give(call.out, [*([] if written is None else [along(written, 1, call.out.dim())]), *passing])
+
+
+def _over_heads(call: OpCall, layers: Sequence[Layer], groups: int) -> list[Layer] | None:
+    """The layers that come of a convolution over each head by itself, where heads stand in the batch; else `None`.
+
+    All of them share one weight, as in a product of matrices.
+    """
+    source, weight = call["input"], call["weight"]
+    if call.arguments.get("transposed") or not any(0 in varying(layer) for layer in layers):
+        return None
+    if any(not varying(layer) <= {0, 1} for layer in layers):
+        return None
+    (wide, size), count = shape_of(weight)[:2], int(source.shape[0])
+    held = [call.channels.fixed_along(layer, range(2, weight.dim()), call.where) for layer in call.layers(weight)]
+    tables = [layer.reshape(layer.shape[:2]) for layer in held if layer is not None]
+    given = [layer.reshape(layer.shape[:2]) for layer in layers]
+    shape = (count, int(source.shape[1]))
+    if groups == 1:
+        made = _contract(call, "nc,oc->no", [(given, shape, False), (tables, (wide, size), True)])
+    elif groups == wide and size == 1:
+        rows = [layer.reshape(1, -1) for layer in tables]
+        made = joined(call.channels, [(given, shape), (rows, (1, wide))], call.where)
+    else:
+        return None
+    if isinstance(call["bias"], torch.Tensor):
+        shift = [along(layer, 1, 2) for layer in call.layers(call["bias"])]
+        made = joined(call.channels, [(made, (count, wide)), (shift, (1, wide))], call.where)
+    return [layer.reshape(*layer.shape, *(1,) * (call.out.dim() - 2)) for layer in made]
 
 
 def _passing(call: OpCall) -> list[Layer]:

@@ -39,6 +39,7 @@ class OpCall:
         where: The call, in words.
         module: The module that makes it.
         static: Whether all its tensors are computed from parameters and constants.
+        repeats: Whether it is part of a call that repeats values a given number of times.
     """
 
     name: str
@@ -49,6 +50,7 @@ class OpCall:
     where: str
     module: nn.Module | None
     static: bool
+    repeats: bool = False
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -94,6 +96,19 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def shape_of(tensor: torch.Tensor) -> Shape:
     """A tensor's shape, as plain numbers."""
     return tuple(int(size) for size in tensor.shape)
+
+
+def extent_of(tensor: torch.Tensor, layers: Sequence[Layer]) -> Shape:
+    """A tensor's shape, with 1 for dimensions along which the same values are repeated and no channels are told apart.
+
+    There it takes whatever size the others have, as if it were broadcast.
+    """
+    told = frozenset().union(*map(varying, layers))
+    steps = tensor.stride() if tensor.layout is torch.strided else (1,) * tensor.dim()
+    return tuple(
+        1 if step == 0 and axis not in told else size
+        for axis, (size, step) in enumerate(zip(shape_of(tensor), steps, strict=True))
+    )
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

@@ -32,6 +32,8 @@ class Step:
         start: Where a slice begins, and along which dimension.
         source: The label of what is sliced.
         cost: Its multiply-accumulates from the shapes of what it is given and gives; `None` where it has none.
+        free: For each output the dimensions along which the same values are repeated and no channels are told apart:
+            as often as something else needs them.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Step:
     start: tuple[int, int] | None = None
     source: Label | None = None
     cost: Cost | None = None
+    free: tuple[frozenset[int], ...] = ()
 
     @property
     def static(self) -> bool:

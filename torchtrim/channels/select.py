@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -88,17 +88,51 @@ def _families(groups: Sequence[Group]) -> Iterator[list[int]]:
 
 
 def _kept(family: Sequence[Group], share: float, round_to: int, min_channels: int) -> list[int]:
-    """How many units stay of each group of a family: of all the same fraction, the nearest that can be had."""
-    common = math.gcd(*(len(group.units) // group.step for group in family))
+    """How many units stay of each group of a family: of all the same fraction, the nearest that can be had.
+
+    Where no fraction of each can be had, its blocs keep the same one.
+    """
+    blocs: dict[int, list[Group]] = {}
+    for number, group in enumerate(family):
+        blocs.setdefault(number, []).append(group)
+    if math.gcd(*(len(group.units) for group in family)) == 1 < len(family):
+        blocs.clear()
+        for group in family:
+            blocs.setdefault(group.bloc, []).append(group)
+    several = list(blocs.values())
+    counts = [sum(len(group.units) for group in bloc) for bloc in several]
+    common = math.gcd(*counts)
     step = round_to
     while step > 1 and any(group.width < 2 * step for group in family):
         step //= 2
-    least = [min(min_channels, group.width) for group in family]
+    least = {id(group): -(-min(min_channels, group.width) // group.channels_each) for group in family}
     parts = [
         part
         for part in range(1, common)
-        if all(group.width * part // common >= width for group, width in zip(family, least, strict=True))
+        if all(
+            count * part // common >= sum(least[id(group)] for group in bloc)
+            for count, bloc in zip(counts, several, strict=True)
+        )
     ]
-    rounded = [part for part in parts if all(group.width * part // common % step == 0 for group in family)]
+    rounded = [
+        part
+        for part in parts
+        if all(sum(group.width for group in bloc) * part // common % step == 0 for bloc in several)
+    ]
     best = min((*(rounded or parts), common), key=lambda part: (abs(part / common - (1 - share)), -part))
-    return [len(group.units) * best // common for group in family]
+    kept: dict[int, int] = {}
+    for count, bloc in zip(counts, several, strict=True):
+        kept |= _shared_out(bloc, count * best // common, least)
+    return [kept[id(group)] for group in family]
+
+
+def _shared_out(bloc: Sequence[Group], count: int, least: Mapping[int, int]) -> dict[int, int]:
+    """How many units of each group stay, of so many of all: one after the other, each to the group that is owed most.
+
+    By the divisors of Webster and Sainte-Lague: with more to share out no group gets fewer.
+    """
+    kept = {id(group): max(1, least[id(group)]) for group in bloc} if len(bloc) > 1 else {id(bloc[0]): count}
+    for _ in range(count - sum(kept.values())):
+        owed = [group for group in bloc if kept[id(group)] < len(group.units)]
+        kept[id(max(owed, key=lambda group: len(group.units) / (2 * kept[id(group)] + 1)))] += 1
+    return kept

@@ -52,9 +52,11 @@ def units_of(flow: Flow, chosen: Mask, protect: Iterable[tuple[Layer, str]] = ()
     implied = Implied.of(flow, chosen)
     tables = _tables(flow)
     parts = _by_call([*flow.channels.parts, *flow.equal_parts])
+    heads = _heads(flow)
+    merge.shared(heads, implied)
     while True:
         before = merge.root.copy()
-        for layer, axis in _heads(flow):
+        for layer, axis in heads:
             merge.heads(layer, axis, implied)
         implied.join(merge)
         for layer in flow.channels.scale:
@@ -200,6 +202,35 @@ class _Merge:
         if not any(bool((each == each[:, :1]).all()) for each in flat.values()):
             self._slices(max(flat.values(), key=_units_left), f"its channels are taken apart at {where}")
 
+    def shared(self, heads: Sequence[tuple[Layer, int]], implied: Implied) -> None:
+        """Hold weights fast that all heads of an attention share: positions' embeddings, a convolution of each head.
+
+        One of their channels would take the same place of every head with it, so that no head could go whole.
+
+        Args:
+            heads: The channels of each attention by heads, and the dimension that counts these.
+            implied: What goes where others go.
+        """
+        one, taken = implied.alone(self)
+        found = []
+        for layer, axis in heads:
+            rows = np.moveaxis(self.root[layer], axis, 0).reshape(layer.shape[axis], -1)
+            head_of = np.full(self.root.shape, -1)
+            head_of[rows] = np.arange(len(rows))[:, None]
+            head_of[FIXED] = -1
+            if any(len(np.unique(head_of[row])) > 1 for row in rows):
+                continue  # they run together anyway
+            of, to = head_of[one], head_of[taken]
+            pairs = np.unique(np.stack([one, to])[:, (of < 0) & (to >= 0)], axis=1)
+            several, counts = np.unique(pairs[0], return_counts=True)
+            found.append(several[counts > 1])
+        for each in found:
+            self.pin(each, "all heads of an attention share it")
+
+    def _units_in(self, layer: Layer) -> int:
+        found = np.unique(self.root[layer])
+        return len(found) - bool((found == FIXED).any())
+
     def heads(self, layer: Layer, axis: int, implied: Implied) -> None:
         """Merge the channels of each attention head; where heads cannot go, the same place of all of them.
 
@@ -213,10 +244,11 @@ class _Merge:
         before = self.root.copy(), dict(self.reasons)
         self.rows(layer, _HEADS, axis)
         implied.join(self)
-        if len(np.unique(self.root[layer])) - bool((self.root[layer] == FIXED).any()) < 2:
-            self.root, self.reasons = before
-            for other in varying(layer) - {axis}:
-                self.rows(layer, _HEADS, other)
+        if self._units_in(layer) > 1:
+            return
+        self.root, self.reasons = before
+        for other in varying(layer) - {axis}:
+            self.rows(layer, _HEADS, other)
 
     def whole_heads(self, layer: Layer) -> None:
         """Hold channels fast that set the scale of an attention by their number, unless its heads go whole."""
@@ -290,6 +322,17 @@ class Implied:
             if int(found.sum()) == count:
                 break
         return found
+
+    def alone(self, merge: _Merge) -> tuple[IntArray, IntArray]:
+        """Units that take others with them by themselves, and what each takes; of those that are chosen."""
+        if not self.why:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        roots = merge.root[self.channels]
+        low, high = np.minimum.reduceat(roots, self.starts), np.maximum.reduceat(roots, self.starts)
+        own = np.zeros(merge.root.shape, dtype=bool)
+        own[merge.root[self.held]] = True
+        alone = ((low == high) & (low != FIXED) & own[low])[self.by]
+        return low[self.by[alone]], merge.root[self.ends[alone]]
 
     def join(self, merge: _Merge) -> None:
         """Where one unit alone takes others with it, they are one.

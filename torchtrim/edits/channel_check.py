@@ -73,8 +73,8 @@ def _stopped(before: Run, after: Run | None, gone: Mask) -> tuple[Layer, ...]:
     # A shape that is wrong may be seen later than it is made: what was not as foretold comes first.
     found = [] if after is None else _told(after)
     for step, other in zip(steps, found, strict=False):
-        for (shape, label), (now, _) in zip(step.outputs, other.outputs, strict=False):
-            if step.name == other.name and not label.aside and _broad(shape_after(shape, label, gone)) != _broad(now):
+        for place, ((_, label), (now, _)) in enumerate(zip(step.outputs, other.outputs, strict=False)):
+            if step.name == other.name and not label.aside and _broad(_foretold(step, place, now, gone)) != _broad(now):
                 return label.layers
     values = [value for each in steps[number : number + 1] for value in (*each.given, *each.outputs)]
     return tuple(layer for _, label in values for layer in label.layers if bool(gone[layer].any()))
@@ -93,12 +93,23 @@ def _told(run: Run) -> list[Step]:
 
 def _compare_steps(before: list[Step], after: list[Step], gone: Mask) -> None:
     for step, found in zip(before, after, strict=True):
-        for (shape, label), (other, _) in zip(step.outputs, found.outputs, strict=False):
+        for number, ((_, label), (other, _)) in enumerate(zip(step.outputs, found.outputs, strict=False)):
             if not label.aside:
-                _expect(shape_after(shape, label, gone), other, step.where, label)
+                _expect(_foretold(step, number, other, gone), other, step.where, label)
         start, other_start = _start_after(step, gone), None if found.start is None else found.start[1:]
         if start != other_start:
             raise _does_not_follow(start, other_start, step.where, step.source)
+
+
+def _foretold(step: Step, number: int, found: tuple[int, ...], gone: Mask) -> tuple[int, ...] | None:
+    """The shape of an output when channels are gone; what is repeated as often as need be is taken as it was found."""
+    expected = shape_after(*step.outputs[number], gone)
+    free = step.free[number] if step.free else frozenset()
+    if expected is None or not free or len(expected) != len(found):
+        return expected
+    return tuple(
+        other if axis in free else size for axis, (size, other) in enumerate(zip(expected, found, strict=True))
+    )
 
 
 def _start_after(step: Step, gone: Mask) -> tuple[int, ...] | None:

@@ -20,7 +20,7 @@ from torchtrim.edits.budget import Budget, plain_number
 from torchtrim.edits.channel_check import check_values
 from torchtrim.edits.edit import Edit
 from torchtrim.edits.prune_choice import Choice
-from torchtrim.edits.prune_decide import Decision, decide, take_out
+from torchtrim.edits.prune_decide import Decision, decide
 from torchtrim.edits.prune_record import Pruned, PrunedGroup, lost_by, narrow_again, shapes_of
 from torchtrim.edits.reconstruct import reconstruct, set_tensors
 from torchtrim.edits.truth import set_attributes
@@ -28,7 +28,7 @@ from torchtrim.edits.work import Work
 from torchtrim.errors import CheckFailed, EditError, GuardError, InputError, TorchTrimWarning
 from torchtrim.graph import check as checks
 from torchtrim.graph.check import Side, variants
-from torchtrim.graph.copying import is_meta
+from torchtrim.graph.copying import is_meta, paused_collection
 from torchtrim.graph.paths import What, check_selection, describe, several, spelled
 from torchtrim.importance.channels import Importance
 from torchtrim.importance.gradients import Loss
@@ -129,8 +129,10 @@ class PruneChannels(Edit):
         protect = spelled(work.before, self.given.get("protect", self.protect))
         found = dependencies(work.model, flow, protect=protect)
         choice = Choice.of(self, work, found)
-        decision = decide(work, found, choice)
-        changes, attributes = take_out(work, flow, decision.gone)
+        with paused_collection():
+            decision = decide(work, found, choice)
+            decision.commit(work)
+        changes, attributes = decision.changes, decision.attributes
         unwiden(work)
         groups = tuple(PrunedGroup.of(group, decision.units) for group in found.groups)
         left_alone = found.left_alone | {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
 from torchtrim.channels.follow import Flow
 from torchtrim.channels.groups import Dependencies, Group
@@ -14,7 +15,7 @@ from torchtrim.channels.settle import settle
 from torchtrim.channels.units import IntArray
 from torchtrim.edits.channel_check import check_shapes
 from torchtrim.edits.channel_narrow import Narrowing, narrow, narrowings
-from torchtrim.edits.truth import Numbers, tell_the_truth
+from torchtrim.edits.truth import Numbers, set_attributes, tell_the_truth
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError
 from torchtrim.graph.copying import structural_copy
@@ -28,11 +29,28 @@ class Decision:
         units: Whether each unit goes.
         gone: Whether each channel goes.
         left_alone: The groups (by their number) that cannot go after all, and why.
+        tried: The narrower model, which ran.
+        changes: What its tensors lost.
+        attributes: What its modules say of their widths since.
     """
 
     units: Mask
     gone: Mask
-    left_alone: dict[int, str] = field(default_factory=dict)
+    left_alone: dict[int, str]
+    tried: Work
+    changes: list[Narrowing]
+    attributes: Numbers
+
+    def commit(self, work: Work) -> None:
+        """Do on `work.model` what was tried on a copy of it."""
+        for own, other in zip(work.model.modules(), self.tried.model.modules(), strict=True):
+            own._parameters.update(other._parameters)
+            own._buffers.update(other._buffers)
+            if isinstance(own, nn.RNNBase):
+                own._flat_weights = [getattr(own, name, None) for name in own._flat_weights_names]
+        for new, old in self.tried.came_from.items():
+            work.came_from[new] = work.came_from.pop(old, old)
+        set_attributes(work.model, self.attributes)
 
 
 def decide(work: Work, found: Dependencies, choose: Callable[[Collection[int]], Mask]) -> Decision:
@@ -61,9 +79,9 @@ def decide(work: Work, found: Dependencies, choose: Callable[[Collection[int]], 
         if broken:
             _leave(broken, found, left)
             continue
-        error = failure(work, found.flow, gone)
+        error, tried, changes, attributes = attempt(work, found.flow, gone)
         if error is None:
-            return Decision(units, gone, left)
+            return Decision(units, gone, left, tried, changes, attributes)
         if not chosen:
             raise error
         named = _groups_in(getattr(error, "layers", ()), found, group_of) & set(chosen)
@@ -84,15 +102,26 @@ def _leave(reasons: Mapping[int, str], found: Dependencies, left: dict[int, str]
             left.setdefault(number, families[group.family])
 
 
+def attempt(work: Work, flow: Flow, gone: Mask) -> tuple[EditError | None, Work, list[Narrowing], Numbers]:
+    """Take channels out of a copy of a model, and run it on shapes alone. The model itself is left as it is.
+
+    Returns:
+        Why it does not follow, `None` where it does; the copy, what its tensors lost, and what its modules say since.
+    """
+    tried = Work(structural_copy(work.model), work.inputs)
+    changes: list[Narrowing] = []
+    attributes: Numbers = {}
+    try:
+        changes, attributes = take_out(tried, flow, gone)
+        check_shapes(tried, flow, gone, cut=False)
+    except EditError as error:
+        return error, tried, changes, attributes
+    return None, tried, changes, attributes
+
+
 def failure(work: Work, flow: Flow, gone: Mask) -> EditError | None:
     """Why a model does not follow when channels go; `None` where it does. Nothing is changed."""
-    attempt = Work(structural_copy(work.model), work.inputs)
-    try:
-        take_out(attempt, flow, gone)
-        check_shapes(attempt, flow, gone, cut=False)
-    except EditError as error:
-        return error
-    return None
+    return attempt(work, flow, gone)[0]
 
 
 def take_out(work: Work, flow: Flow, gone: Mask) -> tuple[list[Narrowing], Numbers]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from torchtrim.channels.cost import Sizes
 from torchtrim.channels.follow import Flow, ModuleCall, shape_after
-from torchtrim.channels.labels import Label, Mask, varying
+from torchtrim.channels.labels import Label, Mask, kept_indices, varying
 from torchtrim.channels.rules import Shape
 from torchtrim.channels.settle import settle
 from torchtrim.channels.widths import Attribute, attributes_of
@@ -147,26 +148,53 @@ def _from_names(model: nn.Module, flow: Flow, gone: Mask, calls: Mapping[str, Mo
     """
     seen = {attribute for demand in flow.demands for attribute in attributes_of(demand.source)}
     for path, module in model.named_modules():
-        names = [
-            name
-            for name, value in before[path].items()
-            if type(value) is int and value > 1 and module.__dict__.get(name) == value and _WIDTHS.search(name)
-        ]
-        names = [name for name in names if Attribute(path, name) not in seen]
         if isinstance(module, nn.MultiheadAttention):
             continue  # its weights tell
-        if not names or not (own := calls.get(path)):
+        named = [
+            attribute
+            for name, value in before[path].items()
+            if _WIDTHS.search(name) and name in module.__dict__
+            for attribute, size in _each(Attribute(path, name), value)
+            if size > 1 and attribute not in seen and _held(module, attribute) == size
+        ]
+        if not named or not (own := calls.get(path)):
             continue
-        inner = [value for name, child in module.named_children() for value in _values(calls, f"{path}.{name}", child)]
-        for name in names:
-            size = module.__dict__[name]
+        inner = list(_inside(calls, path, module))
+        for attribute in named:
+            name, size = attribute.name, _held(module, attribute)
             sides = own.given if _TAKEN.match(name) else own.outputs if _GIVEN.match(name) else None
             known = sides is not None and any(size in shape for shape, _ in sides)
             for values in ([*own.given, *own.outputs] if sides is None else sides, () if known else inner):
                 after = _became(values, gone).get(size, set())
                 if len(after) == 1:
-                    module.__dict__[name] = next(iter(after))
+                    _put(module, attribute, next(iter(after)))
                     break
+
+
+def _each(attribute: Attribute, value: Any) -> Iterator[tuple[Attribute, int]]:
+    """A number that a module holds, or each of those in a list."""
+    if type(value) is int:
+        yield attribute, value
+    elif isinstance(value, list):
+        yield from ((replace(attribute, keys=(key,)), item) for key, item in enumerate(value) if type(item) is int)
+
+
+def _held(module: nn.Module, attribute: Attribute) -> Any:
+    """What a number is now; `None` where there is none any more."""
+    value = module.__dict__[attribute.name]
+    for key in attribute.keys:
+        value = value[key] if isinstance(value, (tuple, list)) and key < len(value) else None
+    return value if type(value) is int else None
+
+
+def _inside(calls: Mapping[str, ModuleCall], path: str, module: nn.Module) -> Iterator[tuple[Shape, Label]]:
+    """What the modules in a module are given and give; lists of modules, which are not called, stand for theirs."""
+    for name, child in module.named_children():
+        inner = f"{path}.{name}".lstrip(".")
+        if inner in calls:
+            yield from _values(calls, inner, child)
+        else:
+            yield from _inside(calls, inner, child)
 
 
 _HEADS = re.compile(r"(^|_|n)heads?$")
@@ -206,7 +234,7 @@ def _became(values: Iterable[tuple[Shape, Label]], gone: Mask) -> dict[int, set[
     told = [(shape, label) for shape, label in values if label.layers]
     found: dict[int, set[int]] = {}
     for (shape, label), after in zip(told, Sizes.of([tuple(told)]).after(gone)[0], strict=True):
-        for axis in frozenset().union(*map(varying, label.layers)):
+        for axis in frozenset().union(*map(varying, label.layers)) - _batch(shape):
             found.setdefault(shape[axis], set()).add(after[axis])
     return found
 
@@ -329,15 +357,19 @@ def _from_call(module: nn.Module, call: ModuleCall, gone: Mask) -> None:
 def _width(shape: tuple[int, ...], label: Label, gone: Mask) -> tuple[int, int] | None:
     """How many channels a value has, and how many stay; `None` where it loses none."""
     after = shape_after(shape, label, gone)
-    axes = [] if after is None else [axis for axis, size in enumerate(shape) if size != after[axis]]
+    axes = [axis for axis, size in enumerate(shape) if after and size != after[axis] and axis not in _batch(shape)]
     if after is None or len(axes) != 1:
         return None
     return shape[axes[0]], after[axes[0]]
 
 
+def _batch(shape: Shape) -> frozenset[int]:
+    """The dimension that counts samples, and may count heads with them: no width."""
+    return frozenset((0,) if len(shape) > 1 else ())
+
+
 def _parts_left(shape: tuple[int, ...], label: Label, parts: int, gone: Mask) -> int:
     stays = np.ones(shape[1], dtype=bool)
     for layer in label.layers:
-        if varying(layer) == {1}:
-            stays &= ~gone[layer.reshape(-1)]
+        stays &= (kept_indices(layer, gone) or {}).get(1, True)
     return int(stays.reshape(parts, -1).any(axis=1).sum())

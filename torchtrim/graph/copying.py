@@ -8,6 +8,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -133,25 +134,36 @@ def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type, FunctionType}
 
 
-def _copy_module(module: nn.Module, memo: dict[int, Any]) -> Any:
-    """`copy.deepcopy` for modules, ten times faster: what cannot change is not copied."""
+def _copy_module(module: nn.Module, memo: dict[int, Any], whole: bool = False) -> Any:
+    """`copy.deepcopy` for modules, ten times faster: what cannot change is not copied.
+
+    Args:
+        module: The module.
+        memo: By the identity of what is held in it (of every parameter and buffer, at least) the copy of that.
+        whole: Nothing may be shared, graphs neither; modules that say how they are copied are copied so.
+    """
     if id(module) in memo:
         return memo[id(module)]
-    if isinstance(module, torch.jit.ScriptModule) or (
-        hasattr(type(module), "__deepcopy__") and not isinstance(module, fx.GraphModule)
+    kind: Any = type(module)
+    if (
+        isinstance(module, torch.jit.ScriptModule)
+        or (hasattr(kind, "__deepcopy__") and (whole or not isinstance(module, fx.GraphModule)))
+        or (whole and _says_how(kind))
     ):
         return copy.deepcopy(module, memo)
-    twin = object.__new__(type(module))
+    twin = object.__new__(kind)
     memo[id(module)] = twin
     attributes = twin.__dict__
     for name, value in module.__dict__.items():
         if name == "_compiled_call_impl":
             continue  # of `module.compile()`: a copy runs as it was written
-        if type(value) in _PLAIN:
+        if type(value) in _PLAIN or (type(value) is tuple and all(type(item) in _PLAIN for item in value)):
             attributes[name] = value
+        elif type(value) is set and not value:
+            attributes[name] = set()
         elif name == "_modules":
             attributes[name] = {
-                key: None if child is None else _copy_module(child, memo) for key, child in value.items()
+                key: None if child is None else _copy_module(child, memo, whole) for key, child in value.items()
             }
         elif name in ("_parameters", "_buffers"):
             attributes[name] = {key: None if held is None else memo[id(held)] for key, held in value.items()}
@@ -165,6 +177,18 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> Any:
             memo |= _computed(value)
             attributes[name] = copy.deepcopy(value, memo)
     return twin
+
+
+@cache
+def _says_how(kind: type[nn.Module]) -> bool:
+    """Whether modules of a class say what of them is copied, or make something anew in a copy."""
+    own = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    # Torch's own only add what modules lack that were pickled long ago; but recurrent ones hold weak references.
+    own = [base for base in own if not base.__module__.startswith("torch.nn.modules.") or base is nn.RNNBase]
+    return any(name in vars(base) for base in own for name in _COPYING)
+
+
+_COPYING = ("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__copy__", "__getnewargs__")
 
 
 def full_copy(model: nn.Module, *, but: Iterable[nn.Module] = ()) -> nn.Module:
@@ -182,14 +206,13 @@ def full_copy(model: nn.Module, *, but: Iterable[nn.Module] = ()) -> nn.Module:
         for name, value in module.__dict__.items():
             if name != "_modules" and isinstance(value, (torch.Tensor, dict, list)):
                 memo |= _computed(value)
-    return _deepcopy(model, memo)
-
-
-def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
-        return copy.deepcopy(model, memo)
+        for held in (*model.parameters(), *model.buffers()):
+            copy.deepcopy(held, memo)
+        twin: nn.Module = _copy_module(model, memo, whole=True)
     except (TypeError, RuntimeError, copy.Error) as error:
         raise _uncopyable(model, error) from error
+    return twin
 
 
 def _uncopyable(model: nn.Module, error: Exception) -> ModelError:

@@ -1,0 +1,226 @@
+"""Heads that go whole though a weight is shared by all of them, and blocs of heads that keep a stream's share."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import torchtrim as tt
+from torchtrim.channels.blank import META, Blanks
+from torchtrim.channels.labels import kept_indices
+from torchtrim.errors import TorchTrimError
+from torchtrim.graph.copying import full_copy
+
+
+class ByHeads(nn.Module):
+    """Attention over 4 heads of 8; what all heads share is given."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.num_heads, self.head_dim = kind, 4, 8
+        self.stem = nn.Linear(6, 32)
+        self.qkv = nn.Linear(32, 96)
+        self.proj = nn.Linear(32, 5)
+        self.pool = nn.Conv2d(8, 8, 3, padding=1, groups=8 if kind == "depthwise" else 1)
+        self.rel = nn.Parameter(torch.randn(9, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, count, _ = x.shape
+        qkv = self.qkv(self.stem(x)).reshape(batch, count, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        if self.kind in ("depthwise", "dense"):
+            pooled = k.reshape(-1, 3, 3, self.head_dim).permute(0, 3, 1, 2)
+            k = self.pool(pooled).reshape(batch, self.num_heads, self.head_dim, count).transpose(-1, -2)
+        scores = q @ k.transpose(-1, -2)
+        if self.kind == "einsum":
+            scores = scores + torch.einsum("bhnd,md->bhnm", q, self.rel)
+        if self.kind == "repeated":  # a product of as many matrices as there are heads, all the same
+            folded = q.reshape(batch * self.num_heads, 3, 3, self.head_dim).transpose(1, 2)
+            scores = scores + (folded @ self.rel.T).transpose(1, 2).reshape(batch, self.num_heads, count, 9)
+        mixed = (scores * self.head_dim**-0.5).softmax(-1) @ v
+        return self.proj(mixed.transpose(1, 2).reshape(batch, count, -1))
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "einsum", "repeated"])
+def test_heads_go_whole_beside_what_they_share(kind: str) -> None:
+    torch.manual_seed(0)
+    net, x = ByHeads(kind).eval(), torch.randn(2, 9, 6)
+    narrow = tt.prune_channels(net, x, 0.5)
+    assert (narrow.num_heads, narrow.head_dim) == (2, 8)
+    assert narrow.qkv.out_features == 48
+    assert (narrow.pool.in_channels, narrow.pool.groups, len(narrow.rel[0])) == (8, net.pool.groups, 8)
+    torch.testing.assert_close(narrow(x), _with_some_heads(net, narrow)(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_full_convolution_of_each_head() -> None:
+    net, x = ByHeads("dense").eval(), torch.randn(2, 9, 6)
+    narrow = tt.prune_channels(net, x, 0.5)
+    assert narrow.stem.out_features == 16
+    assert (narrow.num_heads, narrow.pool.in_channels, narrow.pool.out_channels) == (
+        4,
+        *narrow.pool.weight.shape[1::-1],
+    )
+    torch.testing.assert_close(narrow(x), _with_some_heads(net, narrow)(x), atol=1e-5, rtol=1e-4)
+
+
+def _with_some_heads(net: ByHeads, narrow: nn.Module) -> nn.Module:
+    """The original with zeros in what reads the stem's and the heads' channels that went."""
+    twin = copy.deepcopy(net)
+    lost = tt.history(narrow).edits[-1].narrowed
+    twin.qkv.weight.data[:, list(lost["qkv.weight"]["1"])] = 0
+    twin.proj.weight.data[:, list(lost.get("proj.weight", {}).get("1", ()))] = 0
+    return twin
+
+
+class Queries(nn.Module):
+    """One query of an image for all of its windows: repeated so many times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.proj = nn.Linear(6, 32), nn.Linear(6, 64), nn.Linear(32, 4)
+        self.heads = 4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        windows = x.reshape(-1, 4, 6)
+        q = self.q(x[:, :4]).repeat_interleave(len(windows) // len(x), dim=0)
+        q = q.reshape(len(windows), 4, self.heads, 8).transpose(1, 2)
+        k, v = self.kv(windows).reshape(len(windows), 4, 2, self.heads, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1)
+        return self.proj((scores @ v).transpose(1, 2).reshape(len(windows), 4, -1))
+
+
+def test_queries_that_are_repeated_have_heads() -> None:
+    narrow = tt.prune_channels(Queries(), torch.randn(2, 16, 6), 0.5)
+    assert (narrow.heads, narrow.q.out_features, narrow.kv.out_features) == (2, 16, 32)
+
+
+class Split(nn.Module):
+    """8 heads, of which 2, 3 and 3 go through convolutions of their own; added to a stream whose width they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 8
+        self.splits = [2 * 4, 3 * 4, 3 * 4]
+        self.stem, self.value, self.out = nn.Linear(6, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, 3, padding=1, groups=width) for width in self.splits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        batch, count, width = x.shape
+        heads = self.value(x).reshape(batch, count, self.num_heads, width // self.num_heads).transpose(1, 2)
+        scores = (heads @ heads.transpose(-1, -2) * 0.5).softmax(-1)
+        image = heads.transpose(-1, -2).reshape(batch, -1, count)
+        parts = [conv(part) for conv, part in zip(self.convs, image.split(self.splits, 1), strict=True)]
+        image = torch.cat(parts, 1).reshape(batch, self.num_heads, -1, count).transpose(-1, -2)
+        mixed = (scores @ heads + image).transpose(1, 2).reshape(batch, count, width)
+        return self.out(x + functional.relu(mixed.sum(-1, keepdim=True)))
+
+
+def test_a_bloc_of_heads_keeps_the_share_of_the_stream() -> None:
+    narrow = tt.prune_channels(Split(), torch.randn(2, 5, 6), 0.5)
+    assert narrow.num_heads == 4
+    assert narrow.stem.out_features == narrow.value.in_features == narrow.value.out_features == 16
+    assert sum(narrow.splits) == 16
+    assert all(size in (4, 8) for size in narrow.splits)
+    assert [conv.groups for conv in narrow.convs] == list(narrow.splits)
+
+
+def test_with_more_to_keep_no_part_of_a_bloc_gets_less() -> None:
+    net, x = Split(), torch.randn(2, 5, 6)
+    found = [tt.prune_channels(net, x, ratio).splits for ratio in (0.625, 0.5, 0.375, 0.25)]
+    for fewer, more in itertools.pairwise(found):
+        assert all(one <= other for one, other in zip(fewer, more, strict=True))
+        assert sum(fewer) < sum(more)
+
+
+class Branches(nn.Module):
+    """Two streams, whose widths stand in a list that no forward reads."""
+
+    def __init__(self, form: Callable[[list[int]], object]) -> None:
+        super().__init__()
+        self.embed_dim = form([16, 32])
+        self.stems = nn.ModuleList([nn.Linear(6, 16), nn.Linear(6, 32)])
+        self.head = nn.ModuleList([nn.Linear(16, 4), nn.Linear(32, 4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(head(stem(x).relu()) for stem, head in zip(self.stems, self.head, strict=True))
+
+
+@pytest.mark.parametrize("form", [list, tuple])
+def test_widths_in_a_list_tell_the_truth(form: Callable[[list[int]], object]) -> None:
+    net, x = Branches(form), torch.randn(2, 6)
+    narrow = tt.prune_channels(net, x, 0.5)
+    assert narrow.embed_dim == form([8, 16])
+    assert net.embed_dim == form([16, 32])
+    again = tt.apply(Branches(form), x, tt.history(narrow))
+    assert again.embed_dim == form([8, 16])
+
+
+def test_a_model_of_timm_with_two_streams_takes_another_classifier() -> None:
+    timm = pytest.importorskip("timm")
+    net, x = timm.create_model("crossvit_tiny_240").eval(), torch.randn(1, 3, 240, 240)
+    narrow = tt.prune_channels(net, x, 0.5, check=False)
+    narrow.reset_classifier(7)
+    assert narrow(x).shape == (1, 7)
+
+
+def test_in_place_operators_are_remembered_by_their_shapes() -> None:
+    blanks, op = Blanks(), torch.ops.aten.add_.Tensor
+    for _ in range(2):
+        x, y = torch.empty(2, 3, device=META), torch.empty(3, device=META)
+        assert blanks.call(op, (x, y), {}) is x
+    with pytest.raises(RuntimeError):
+        blanks.call(op, (torch.empty(3, device=META), torch.empty(2, 3, device=META)), {})
+    grown = torch.empty(2, 3, device=META)
+    for _ in range(2):
+        assert blanks.call(torch.ops.aten.unsqueeze_.default, (grown, 0), {}) is grown
+    assert grown.shape == (1, 1, 2, 3)
+
+
+def test_kept_indices_of_a_vector() -> None:
+    import numpy as np
+
+    gone = np.array([False, True, False, False])
+    assert (kept_indices(np.array([[1], [2]]), gone) or {})[0].tolist() == [False, True]
+    assert kept_indices(np.array([[3]]), gone) == {}
+
+
+class Told(nn.Module):
+    """A module that says what of it is copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.cache = nn.Linear(2, 2), [1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "cache": []}
+
+
+def test_a_full_copy_is_that_of_deepcopy() -> None:
+    net = nn.Sequential(Told(), nn.LSTM(2, 2), nn.Linear(2, 2))
+    net[2].weight = net[0].layer.weight
+    twin = full_copy(net)
+    assert twin[0].cache == []
+    assert twin[2].weight is twin[0].layer.weight
+    assert twin[2].weight is not net[2].weight
+    assert all(ref() is held for ref, held in zip(twin[1]._flat_weight_refs, twin[1]._flat_weights, strict=True))
+    for one, other in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert one.data_ptr() != other.data_ptr()
+
+
+def test_an_edit_that_fails_leaves_all_as_it_was() -> None:
+    net, x = Split(), torch.randn(2, 5, 6)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(TorchTrimError):
+        tt.prune_channels(net, x, {"nowhere": 0.5})
+    kept = tt.prune_channels(net, x, 0.5, copy=False)
+    assert kept is net
+    assert net.value.weight.shape == (16, 16)
+    assert set(before) == set(net.state_dict())
