@@ -13,8 +13,8 @@ dropout, dense 10: 3,274,698 parameters and 64 running statistics of the batch n
   `--prune-epochs` epochs, of which the first two thirds prune, and the same learning rates again;
 - clustered: the weights that are left, as 15 values a tensor and zero. Its int8 file has one scale a tensor, so that
   equal weights stay equal;
-- the same two once more with the dense layer's weights going in blocks of 4 outputs, which lie side by side in the file:
-  what zip makes smallest.
+- the same two once more with the dense layer's weights going in blocks of 4 outputs, side by side in the file: what zip
+  makes smallest.
 
 Each is written as PyTorch's state_dict, `.trim` with `compress="zstd"`, ONNX in float32 and ONNX in int8 (the dense
 layers; convolutions stay float, as dynamic int8 makes them slower). Sizes are those of the file, and of it after gzip,
