@@ -274,9 +274,9 @@ def test_the_report(tmp_path: Path) -> None:
     assert report.layers[0].threshold is not None and bool((largest[largest > 0] >= report.layers[0].threshold).all())
     report.plot(tmp_path / "sparsity.png")
     assert (tmp_path / "sparsity.png").stat().st_size > 5000
-    with pytest.raises(tt.EditError, match="picture"):
+    with pytest.raises(tt.InputError, match="picture"):
         report.plot(tmp_path / "none" / "sparsity.png")
-    with pytest.raises(tt.EditError, match="picture"):
+    with pytest.raises(tt.InputError, match="picture"):
         report.plot(tmp_path / "sparsity.xyz")
 
 

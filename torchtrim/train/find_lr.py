@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchtrim.bench.figure import figure, written
 from torchtrim.bench.table import Table
-from torchtrim.errors import InputError, MissingDependency, ModelError
+from torchtrim.errors import InputError, ModelError
+from torchtrim.graph.batches import answer_to
 from torchtrim.graph.copying import kept_modes, kept_random_state, unwrap
 from torchtrim.graph.inputs import ExampleInputs
 from torchtrim.train.groups import param_groups
-from torchtrim.train.loop import called, seed_all
+from torchtrim.train.loop import seed_all
 from torchtrim.train.objective import Batch, Criterion, Objective
 from torchtrim.train.rates import OptimizerChoice, optimizer_of
 from torchtrim.train.shares import Shares
@@ -57,12 +59,8 @@ class RateTest:
         Raises:
             MissingDependency: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingDependency("matplotlib is not installed", hint='pip install "torchtrim[plot]"') from error
-        figure = Figure(figsize=(5.5, 3.4), layout="constrained")
-        axis = figure.subplots()
+        drawn = figure(5.5, 3.4)
+        axis = drawn.subplots()
         axis.plot(self.lrs, self.losses)
         for rate, label in ((self.suggestion, "suggestion"), (self.largest, "at most")):
             axis.axvline(rate, color="0.6", linestyle="--", linewidth=1)
@@ -70,10 +68,7 @@ class RateTest:
                 f"{label} {rate:.2g}", (rate, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top"
             )
         axis.set(xscale="log", xlabel="learning rate", ylabel="loss")
-        axis.spines[["top", "right"]].set_visible(False)
-        place = Path(path)
-        figure.savefig(place, dpi=144)
-        return place
+        return written(drawn, path)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that JSON can hold."""
@@ -187,7 +182,7 @@ def _tested(
             group["lr"] = rate * base
         batch = Batch.of(share.batch, model).to(device)
         rule.zero_grad()
-        loss = objective(called(model, batch.inputs), batch)
+        loss = objective(answer_to(batch.inputs, model, step), batch)
         value = float(loss.detach())
         if not math.isfinite(value) and step == 0:
             raise ModelError("the loss is not finite from the start", found=value, hint="the data, or the weights")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchtrim.errors import InputError, ModelError, TorchTrimError
+from torchtrim.graph.batches import answer_to
 from torchtrim.graph.inputs import Inputs
 from torchtrim.train.meter import Meter
 from torchtrim.train.objective import Batch, Metric, Objective, accuracy, has_classes
@@ -117,11 +118,11 @@ class Loop:
         self.model.eval()
         meter = Meter(self.accelerator)
         empty = True
-        for share in shares:
+        for number, share in enumerate(shares):
             empty = False
             batch = Batch.of(share.batch, self.model).to(self.accelerator.device)
             with self.accelerator.autocast():
-                output = called(self.model, batch.inputs)
+                output = answer_to(batch.inputs, self.model, number)
                 loss = self._objective(output, batch, smooth=False)
             meter.add("loss", loss, share.rows)
             self._rate(meter, output, batch, share.rows)
@@ -150,7 +151,7 @@ class Loop:
         mixed = batch if self._mixup is None else _mixed(batch, self._mixup)
         with self.accelerator.autocast():
             if self._distiller is None:
-                output = called(self._runs, mixed.inputs)
+                output = answer_to(mixed.inputs, self._runs, step * self._accumulate)
                 loss, parts = self._objective(output, mixed, soft=mixed is not batch), {}
             else:
                 distilled = self._runs(_plain(mixed.inputs), mixed.targets)
@@ -226,24 +227,6 @@ def seed_all(seed: int, epoch: int, process: int = 0) -> None:
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
-
-
-def called(model: nn.Module, inputs: Inputs) -> Any:
-    """What a model says to a batch.
-
-    Raises:
-        InputError: The forward refuses it.
-    """
-    try:
-        return inputs.call(model)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise InputError(
-            f"the model does not take the data: {type(error).__name__}: {str(error).rstrip('.')}",
-            path="data",
-            found=inputs.describe(),
-        ) from error
 
 
 def _plain(inputs: Inputs) -> Any:

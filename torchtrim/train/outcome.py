@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torchtrim.bench.figure import figure, written
 from torchtrim.bench.table import Table
-from torchtrim.errors import MissingDependency
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,9 @@ class FineTuning:
         Raises:
             MissingDependency: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingDependency("matplotlib is not installed", hint='pip install "torchtrim[plot]"') from error
-        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        drawn = figure(8, 3.2)
         numbers = range(1, len(self.epochs) + 1)
-        losses, metrics = figure.subplots(1, 2)
+        losses, metrics = drawn.subplots(1, 2)
         for axis, title, names in (
             (losses, "loss", {"training": "loss", "validation": "val_loss"}),
             (metrics, self.metric or "no metric", {"training": "metric", "validation": "val_metric"}),
@@ -140,13 +136,10 @@ class FineTuning:
                 if any(value is not None for value in values):
                     axis.plot(numbers, values, marker="o", markersize=3, label=label)
             axis.axvline(self.best, color="0.7", linewidth=1, zorder=0)
-            axis.spines[["top", "right"]].set_visible(False)
             axis.xaxis.get_major_locator().set_params(integer=True)
             if axis.lines[:-1]:
                 axis.legend(frameon=False)
-        place = Path(path)
-        figure.savefig(place, dpi=144)
-        return place
+        return written(drawn, path)
 
     def _metric(self, value: float | None) -> str:
         if value is None:

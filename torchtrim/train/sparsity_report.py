@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from torchtrim.bench.figure import figure, written
 from torchtrim.bench.table import Table
 from torchtrim.edits.sparse_record import SparseLayer, reasons, table, totals
-from torchtrim.errors import EditError, MissingDependency
 
 
 @dataclass(frozen=True)
@@ -67,14 +65,10 @@ class SparsityReport:
 
         Raises:
             MissingDependency: matplotlib is not installed.
-            EditError: It cannot be written there, or in this form.
+            InputError: It cannot be written there, or in this form.
         """
-        if importlib.util.find_spec("matplotlib") is None:
-            raise MissingDependency("matplotlib is not installed", hint='pip install "torchtrim[plot]"')
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 2.5 + 0.22 * len(self.layers)), layout="constrained")
-        upper, lower = figure.subplots(2, 1, height_ratios=[max(0.22 * len(self.layers), 1), 2])
+        drawn = figure(8, 2.5 + 0.22 * len(self.layers))
+        upper, lower = drawn.subplots(2, 1, height_ratios=[max(0.22 * len(self.layers), 1), 2])
         upper.barh([layer.path for layer in self.layers], [layer.sparsity for layer in self.layers], color="#4477aa")
         upper.invert_yaxis()
         upper.set(xlim=(0, 1), xlabel="sparsity", title=f"{self.zeros:,} of {self.weights:,} are zero")
@@ -83,13 +77,7 @@ class SparsityReport:
         lower.axhline(self.target, color="#888888", linestyle=":", label="target")
         lower.set(ylim=(0, 1), xlabel="step", ylabel="sparsity")
         lower.legend(loc="lower right")
-        place = Path(path)
-        try:
-            figure.savefig(place, dpi=120)
-        except (OSError, ValueError) as error:
-            raise EditError(
-                f"the picture cannot be written: {error}", path=place, hint="a name like sparsity.png"
-            ) from error
+        written(drawn, path)
 
     def _table(self) -> Table:
         told = [*self.notes, *reasons(self.left_out)]
