@@ -15,6 +15,7 @@ from torchtrim.bench.size import zstandard
 from torchtrim.checkpoint.container import place_of
 from torchtrim.checkpoint.container_write import write
 from torchtrim.checkpoint.document import Document, FactoryPart, WeightsPart, weights_in
+from torchtrim.checkpoint.follow import left_out
 from torchtrim.checkpoint.kinds import kinds_of
 from torchtrim.checkpoint.optimizer import described
 from torchtrim.checkpoint.origin import Factory, remembered
@@ -63,7 +64,8 @@ def save(
         overwrite: Replace a file that is there.
         compress: `"zstd"` packs the tensors without loss: zeros, shared values and the exponents of floats take little
             room then, so that a network with nine weights of ten at zero takes about a tenth, one with 16 values a
-            tensor about an eighth, a dense one about 0.84. `load` sees by itself which form a file has.
+            tensor about an eighth, a dense one about 0.84. Masks and assignments in the history that the tensors still
+            tell are not written a second time. `load` sees by itself which form a file has.
 
     Raises:
         CheckpointMismatch: The model is not what `factory` and its history make: it was changed by hand, or the
@@ -99,7 +101,8 @@ def save(
     settings = plain_attributes(net) if reference is None else differences(net, reference)
     loose = loose_tensors(net, reference)
     part, moments = described(optimizer, net) if optimizer is not None else (None, {})
-    past = history(net)
+    # The plain form stays what it was, for readers of format 1.
+    past, follow = left_out(history(net), state) if compress is not None else (history(net), [])
     records = weights_in(past)
     document = Document(
         torchtrim=__version__,
@@ -118,6 +121,7 @@ def save(
         optimizer=part,
         held=[name for name, module in net.named_modules() if is_held(module)],
         kinds=kinds_of(net) if reference is None else {},
+        follow=follow,
     )
     tensors = {f"model.{name}": tensor for name, tensor in state.tensors.items()}
     for number, (_, held) in enumerate(records):
