@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -171,8 +172,19 @@ def _verified(net: nn.Module, factory: Factory) -> nn.Module:
 
 def _versions(factory: Factory | None) -> dict[str, str]:
     packages = {"torch"} | ({factory.name.partition(":")[0].partition(".")[0]} if factory is not None else set())
-    known = importlib.metadata.packages_distributions()
-    return {name: importlib.metadata.version(known[name][0]) for name in sorted(packages) if name in known}
+    found = {name: _version(name) for name in sorted(packages)}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+@cache
+def _version(package: str) -> str | None:
+    """The version of what is installed as, or has, a package; `None` where it is of nothing installed."""
+    try:
+        return importlib.metadata.version(package)
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # not the name of a distribution
+        # It reads the lists of files of all that is installed, which takes longer than the rest of `save`.
+        owners = importlib.metadata.packages_distributions().get(package)
+        return importlib.metadata.version(owners[0]) if owners else None
 
 
 def _refuse_extra_state(net: nn.Module) -> None:
