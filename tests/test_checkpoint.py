@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import resource
 import subprocess
 import sys
@@ -17,10 +18,12 @@ import torch
 from torch import nn
 
 import torchtrim as tt
+from torchtrim.checkpoint import container
+from torchtrim.checkpoint.document import Document
 from torchtrim.checkpoint.hollow import hollow
 from torchtrim.checkpoint.load import load
 from torchtrim.checkpoint.origin import remembered
-from torchtrim.checkpoint.save import save
+from torchtrim.checkpoint.save import _version, save
 from torchtrim.checkpoint.tensors import named_tensors
 from torchtrim.errors import (
     CheckpointError,
@@ -593,3 +596,14 @@ def test_an_error_names_the_file(tmp_path: Path) -> None:
         load(tmp_path / "net.trim", model=nn.Linear(3, 2))
     with pytest.raises(CheckpointError, match="no such device"):
         load(tmp_path / "net.trim", model=nn.Linear(2, 2), device="abacus")
+
+
+def test_saving_does_not_read_what_all_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reading() -> Any:
+        raise AssertionError("this takes longer than the rest of a save")
+
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", reading)
+    _version.cache_clear()
+    save(load_model("timm:test_resnet").model, tmp_path / "net.trim")
+    versions = Document.of(tmp_path, container.read(tmp_path / "net.trim").text).versions
+    assert versions == {name: importlib.metadata.version(name) for name in ("timm", "torch")}

@@ -9,7 +9,8 @@ against accidents. Nothing in a file is believed because its checksum is right.
 
 Format 1 is that. In format 2 most tensors are packed (see `packing`): to a reader of safetensors they are bytes, and
 `torchtrim_packed` in the metadata has the type and the shape of each. Their checksums are over each block and what it
-stands for, in turn. Nothing is packed in format 1, and it is written wherever compression is not asked for.
+stands for, in turn. What records hold in bits may be left out there, where the model's tensors say it too (see
+`follow`). Nothing is packed or left out in format 1, and it is written wherever compression is not asked for.
 """
 
 from __future__ import annotations

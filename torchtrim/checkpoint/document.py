@@ -66,6 +66,7 @@ class Document(_Part):
             `plain`.
         held: Modules that stay in eval mode through `.train()`, by path.
         kinds: Without a factory: classes and forwards by path, see `kinds`.
+        follow: Entries of the history whose records lack bits that the model's tensors say too, see `follow`.
         loose: Tensors that are plain attributes: the file's tensors `loose.NAME`.
         optimizer: An optimizer's state; `None` without one.
     """
@@ -86,10 +87,12 @@ class Document(_Part):
     optimizer: OptimizerPart | None
     held: list[str] = []
     kinds: dict[str, str] = {}
+    follow: list[int] = []
 
     def text(self) -> str:
-        """As JSON."""
-        return json.dumps(self.model_dump(), ensure_ascii=False, separators=(",", ":"))
+        """As JSON; without `follow` where nothing does, as format 1 has it."""
+        plain = self.model_dump(exclude=None if self.follow else {"follow"})
+        return json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
 
     @staticmethod
     def of(path: Path, text: str) -> Document:

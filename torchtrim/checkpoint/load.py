@@ -15,6 +15,7 @@ from torchtrim.checkpoint import container
 from torchtrim.checkpoint.again import made_again
 from torchtrim.checkpoint.container import Container, place_of
 from torchtrim.checkpoint.document import Document, history_with
+from torchtrim.checkpoint.follow import completed
 from torchtrim.checkpoint.kinds import compare_kinds
 from torchtrim.checkpoint.optimizer import check, restore, tensor_names
 from torchtrim.checkpoint.origin import Factory, remember, write_history
@@ -155,7 +156,7 @@ def _history(file: Container, document: Document, names: dict[str, list[str]]) -
         (list(item.at), Weights({name: records[f"edits.{number}.{name}"] for name in item.names}))
         for number, item in enumerate(document.weights)
     ]
-    return history_with(file.path, document, weights)
+    return completed(history_with(file.path, document, weights), document, file)
 
 
 def _rebuilt(

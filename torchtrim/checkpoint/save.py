@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torchtrim.bench.size import zstandard
 from torchtrim.checkpoint.container import place_of
 from torchtrim.checkpoint.container_write import write
 from torchtrim.checkpoint.document import Document, FactoryPart, WeightsPart, weights_in
+from torchtrim.checkpoint.follow import left_out
 from torchtrim.checkpoint.kinds import kinds_of
 from torchtrim.checkpoint.optimizer import described
 from torchtrim.checkpoint.origin import Factory, remembered
@@ -63,7 +65,8 @@ def save(
         overwrite: Replace a file that is there.
         compress: `"zstd"` packs the tensors without loss: zeros, shared values and the exponents of floats take little
             room then, so that a network with nine weights of ten at zero takes about a tenth, one with 16 values a
-            tensor about an eighth, a dense one about 0.84. `load` sees by itself which form a file has.
+            tensor about an eighth, a dense one about 0.84. Masks and assignments in the history that the tensors still
+            tell are not written a second time. `load` sees by itself which form a file has.
 
     Raises:
         CheckpointMismatch: The model is not what `factory` and its history make: it was changed by hand, or the
@@ -99,7 +102,8 @@ def save(
     settings = plain_attributes(net) if reference is None else differences(net, reference)
     loose = loose_tensors(net, reference)
     part, moments = described(optimizer, net) if optimizer is not None else (None, {})
-    past = history(net)
+    # The plain form stays what it was, for readers of format 1.
+    past, follow = left_out(history(net), state) if compress is not None else (history(net), [])
     records = weights_in(past)
     document = Document(
         torchtrim=__version__,
@@ -118,6 +122,7 @@ def save(
         optimizer=part,
         held=[name for name, module in net.named_modules() if is_held(module)],
         kinds=kinds_of(net) if reference is None else {},
+        follow=follow,
     )
     tensors = {f"model.{name}": tensor for name, tensor in state.tensors.items()}
     for number, (_, held) in enumerate(records):
@@ -167,8 +172,19 @@ def _verified(net: nn.Module, factory: Factory) -> nn.Module:
 
 def _versions(factory: Factory | None) -> dict[str, str]:
     packages = {"torch"} | ({factory.name.partition(":")[0].partition(".")[0]} if factory is not None else set())
-    known = importlib.metadata.packages_distributions()
-    return {name: importlib.metadata.version(known[name][0]) for name in sorted(packages) if name in known}
+    found = {name: _version(name) for name in sorted(packages)}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+@cache
+def _version(package: str) -> str | None:
+    """The version of what is installed as, or has, a package; `None` where it is of nothing installed."""
+    try:
+        return importlib.metadata.version(package)
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # not the name of a distribution
+        # It reads the lists of files of all that is installed, which takes longer than the rest of `save`.
+        owners = importlib.metadata.packages_distributions().get(package)
+        return importlib.metadata.version(owners[0]) if owners else None
 
 
 def _refuse_extra_state(net: nn.Module) -> None:

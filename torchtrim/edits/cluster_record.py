@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,6 +15,8 @@ from torchtrim.edits.sparse_record import reasons
 from torchtrim.edits.weights import Weights
 from torchtrim.errors import EditError
 from torchtrim.importance.shared_values import Shared
+
+_MOST = 256  # what a byte can number
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class ClusteredLayer:
     @property
     def bits(self) -> int:
         """How many bits tell the value of an entry."""
-        return max((self.values - 1).bit_length(), 1)
+        return _bits(self.values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -70,6 +72,7 @@ class Clustered:
         index: For each weight the number of each entry's value, packed; see `bits`.
     """
 
+    bits_field: ClassVar[str] = "index"
     layers: tuple[ClusteredLayer, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -111,6 +114,20 @@ class Clustered:
             found[layer.path] = values[index.int()]
         return found
 
+    def bits_of(self, path: str, part: torch.Tensor) -> torch.Tensor | None:
+        """Which of the record's values each entry of a part of a weight has; see `FollowsWeights`.
+
+        Of values that are the same in the weight's type, the first.
+        """
+        values = None if self.values is None else self.values.get(path)
+        if values is None or values.dim() != 1 or not 0 < len(values) <= _MOST or not values.is_floating_point():
+            return None
+        exact = torch.float64 if part.dtype == torch.float64 else torch.float32  # of half precision too
+        own, order = values.to(part.dtype).to(exact).sort(stable=True)
+        entries = part.to(exact)
+        places = torch.searchsorted(own, entries).clamp_(max=len(own) - 1)
+        return pack(order.take(places), _bits(len(own))) if torch.equal(own.take(places), entries) else None
+
     def told(self) -> tuple[str, ...]:
         """The totals, what the user was told, and what was left out: in words."""
         bits = sum(layer.bits * layer.weights for layer in self.layers)
@@ -138,6 +155,10 @@ def cluster_table(title: str, layers: Sequence[ClusteredLayer], notes: Sequence[
     )
     columns = ("weight", "shape", "entries", "values", "bits", "sparsity", "error")
     return Table(title, columns, rows, notes, left=2)
+
+
+def _bits(values: int) -> int:
+    return max((values - 1).bit_length(), 1)
 
 
 def _layer(name: str, shared: Shared, before: torch.Tensor) -> ClusteredLayer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -65,6 +65,7 @@ class Sparsified:
         masks: For each weight its mask as bits, one where the weight stays; see `bits`.
     """
 
+    bits_field: ClassVar[str] = "masks"
     layers: tuple[SparseLayer, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -100,6 +101,10 @@ class Sparsified:
                 hint="a record written with its weights: to_dict(weights=True)",
             )
         return {layer.path: unpack(self.masks[layer.path], layer.shape, name=layer.path) == 0 for layer in self.layers}
+
+    def bits_of(self, path: str, part: torch.Tensor) -> torch.Tensor:
+        """The mask of a part of a weight in which all zeros are the mask's; see `FollowsWeights`."""
+        return pack(part != 0)
 
     def told(self) -> tuple[str, ...]:
         """The totals, what the user was told, and what was left out: in words."""
