@@ -41,6 +41,7 @@ class Pictures:
 
     def __init__(self, pictures: torch.Tensor, labels: torch.Tensor, *, training: bool) -> None:
         self._pictures, self._labels, self._training = pictures, labels, training
+        self.rows = len(labels)
 
     def __len__(self) -> int:
         return -(-len(self._labels) // BATCH)
@@ -80,12 +81,13 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     budget = Budget(0.05 if options.quick else options.minutes, options.threads)
     stem = "transfer_lite0_quick" if options.quick else "transfer_lite0"
-    rows = Rows(stem, options.out)
+    rows = Rows(stem, options.out, train.rows)
     if options.only != "recovery":
         for name in options.ways:
             torch.manual_seed(0)
             net = WAYS[name](train, budget)
-            rows.add(name, scored(net, test) | budget.spent())
+            spent = budget.spent()
+            rows.add(name, scored(net, test) | spent)
             tt.save(net, options.work / f"{name}.trim")
     if options.only != "transfer":
         best = max((name for name in WAYS if name in rows.found), key=lambda name: rows.found[name]["accuracy"])
@@ -220,7 +222,8 @@ def recover(best: str, work: Path, train: Pictures, test: Pictures, budget: Budg
         epochs = budget.epochs(one_step(net, teacher), len(train))
         options = {} if teacher is None else {"distill": {"temperature": 2.0, "alpha": 0.7}}
         print(tt.finetune(net, train, epochs=epochs, layer_decay=0.9, teacher=teacher, **BEST, **options))
-        rows.add(name, scored(net, test) | budget.spent())
+        spent = budget.spent()
+        rows.add(name, scored(net, test) | spent)
 
 
 @torch.no_grad()
@@ -235,8 +238,8 @@ def scored(net: nn.Module, test: Pictures) -> dict[str, Any]:
 class Rows:
     """The results, written after each; those of earlier runs stay."""
 
-    def __init__(self, stem: str, out: Path) -> None:
-        self._stem, self._out = stem, out
+    def __init__(self, stem: str, out: Path, training: int) -> None:
+        self._stem, self._out, self._training = stem, out, training
         place = out / f"{stem}.json"
         self.found: dict[str, Any] = json.loads(place.read_text("utf-8"))["results"] if place.is_file() else {}
 
@@ -248,7 +251,7 @@ class Rows:
             for key, each in self.found.items()
         )  # fmt: skip
         columns = ("way", "top-1", "MACs (M)", "params (M)", "epochs", "minutes")
-        notes = [f"- {BATCH * 100:,} training pictures, {row['pictures']:,} test pictures, {SIZE} x {SIZE}"]
+        notes = [f"- {self._training:,} training pictures, {row['pictures']:,} test pictures, {SIZE} x {SIZE}"]
         write(
             self._stem,
             {"results": self.found},
