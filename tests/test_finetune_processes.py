@@ -21,10 +21,10 @@ from torchtrim.train.shares import Shares
 SCRIPT = """
 import json, os, sys
 sys.path.insert(0, sys.argv[2])
-from test_finetune_processes import train
+from test_finetune_processes import norms, train
 rank = int(os.environ["RANK"])
 folder = sys.argv[1]
-found = train(f"{folder}/run")
+found = train(f"{folder}/run") | {"norms": norms()}
 open(f"{folder}/{rank}.json", "w").write(json.dumps(found))
 """
 KILLED = """
@@ -85,6 +85,15 @@ def train(folder: str, resume: bool = False) -> dict[str, Any]:
     epochs = [epoch.to_dict() | {"seconds": 0} for epoch in done.epochs]
     weights = {name: value.tolist() for name, value in model.state_dict().items()}
     return {"epochs": epochs, "best": done.best, "rows": done.rows, "weights": weights, "processes": done.processes}
+
+
+def norms() -> dict[str, Any]:
+    """With a norm that collects statistics, of other rows in each process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    x = torch.randn(40, 8)
+    finetune(model, [(x[:20], x[:20, :3].argmax(1))] * 3, [(x, x[:, :3].argmax(1))], epochs=2, ema=0.5)
+    return {name: value.tolist() for name, value in model.state_dict().items()}
 
 
 @pytest.fixture(scope="module")
