@@ -179,6 +179,16 @@ def test_numpy_s_numbers_are_saved(tmp_path: Path) -> None:
     assert len(finetune(small(), pairs(), epochs=1, **options, resume=True).epochs) == 1
 
 
+def test_a_checkpoint_does_not_look_through_all_that_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice an epoch: it takes most of a second."""
+    looked: list[int] = []
+    monkeypatch.setattr("importlib.metadata.packages_distributions", lambda: looked.append(0) or {})
+    finetune(small(), pairs(), pairs(), epochs=1, folder=tmp_path)
+    assert not looked
+
+
 SCHEDULES = [
     lambda rule: lr_scheduler.OneCycleLR(rule, 0.1, total_steps=12),
     lambda rule: lr_scheduler.CyclicLR(rule, 1e-3, 0.1, step_size_up=2, cycle_momentum=False),
@@ -327,6 +337,23 @@ def test_an_option_that_would_do_nothing_is_refused(options: dict[str, Any], say
         options["penalty"] = tt.SparsityPenalty(small(), torch.zeros(2, 4))
     with pytest.raises(InputError, match=says):
         finetune(model, options.pop("train_data", pairs()), epochs=2, **options)
+
+
+def test_what_is_kept_is_the_mean_of_the_weights_after_each_step() -> None:
+    model = small()
+    weight = model[0].weight
+    mean, steps = weight.detach().clone(), 0
+    own = torch.optim.SGD(model.parameters(), lr=0.5)
+
+    def follow(*_: Any) -> None:
+        nonlocal mean, steps
+        decay = min(0.3, (1 + steps) / (10 + steps))
+        mean, steps = decay * mean + (1 - decay) * weight.detach(), steps + 1
+
+    own.register_step_post_hook(follow)
+    finetune(model, pairs(), epochs=3, optimizer=own, ema=0.3)
+    assert steps == 9
+    assert torch.allclose(weight, mean, atol=1e-6)
 
 
 def test_what_the_optimizer_does_not_hold_is_told() -> None:

@@ -167,8 +167,17 @@ def _verified(net: nn.Module, factory: Factory) -> nn.Module:
 
 def _versions(factory: Factory | None) -> dict[str, str]:
     packages = {"torch"} | ({factory.name.partition(":")[0].partition(".")[0]} if factory is not None else set())
-    known = importlib.metadata.packages_distributions()
-    return {name: importlib.metadata.version(known[name][0]) for name in sorted(packages) if name in known}
+    found = {name: _version(name) for name in sorted(packages)}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def _version(package: str) -> str | None:
+    """That of the distribution of the same name; only where there is none are all that are installed looked through."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        known = importlib.metadata.packages_distributions().get(package)
+        return None if known is None else importlib.metadata.version(known[0])
 
 
 def _refuse_extra_state(net: nn.Module) -> None:
