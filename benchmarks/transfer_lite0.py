@@ -41,6 +41,7 @@ class Pictures:
 
     def __init__(self, pictures: torch.Tensor, labels: torch.Tensor, *, training: bool) -> None:
         self._pictures, self._labels, self._training = pictures, labels, training
+        self.rows = len(labels)
 
     def __len__(self) -> int:
         return -(-len(self._labels) // BATCH)
@@ -80,16 +81,18 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     budget = Budget(0.05 if options.quick else options.minutes, options.threads)
     stem = "transfer_lite0_quick" if options.quick else "transfer_lite0"
-    rows = Rows(stem, options.out)
+    rows = Rows(stem, options.out, train.rows)
     if options.only != "recovery":
         for name in options.ways:
             torch.manual_seed(0)
             net = WAYS[name](train, budget)
-            rows.add(name, scored(net, test) | budget.spent())
+            spent = budget.spent()
+            rows.add(name, scored(net, test) | spent)
             tt.save(net, options.work / f"{name}.trim")
     if options.only != "transfer":
         best = max((name for name in WAYS if name in rows.found), key=lambda name: rows.found[name]["accuracy"])
-        recover(best, options.work, train, test, budget, rows)
+        heal = "scale" if options.quick else "auto"  # the best way trains for minutes
+        recover(best, heal, options.work, train, test, budget, rows)
     return 0
 
 
@@ -205,22 +208,25 @@ WAYS: dict[str, Callable[[Pictures, Budget], nn.Module]] = {
 }  # fmt: skip
 
 
-def recover(best: str, work: Path, train: Pictures, test: Pictures, budget: Budget, rows: Rows) -> None:
+def recover(best: str, heal: Any, work: Path, train: Pictures, test: Pictures, budget: Budget, rows: Rows) -> None:
     """Take out a third of the MACs, and train what is left with and without its teacher."""
     whole = tt.load(work / f"{best}.trim").eval()
     macs = tt.summary(whole, EXAMPLE).macs
     calibration = [batch for batch, _ in zip(train, range(10), strict=False)]
-    shorter = tt.remove(whole, EXAMPLE, BLOCKS, heal="auto", data=[x for x, _ in calibration])
+    start = time.process_time()
+    shorter = tt.remove(whole, EXAMPLE, BLOCKS, heal=heal, data=[x for x, _ in calibration])
     small = tt.prune_channels(
         shorter, EXAMPLE, budget=tt.Budget(macs=round(macs * 2 / 3)), importance="taylor", data=calibration
     )
-    rows.add("trimmed", scored(small, test) | {"epochs": 0, "minutes": 0.0})
+    minutes = round((time.process_time() - start) / torch.get_num_threads() / 60, 1)  # beside the budget of both
+    rows.add("trimmed", scored(small, test) | {"epochs": 0, "minutes": minutes})
     for name, teacher in (("trimmed, trained", None), ("trimmed, distilled", whole)):
         net = tt.apply(small, EXAMPLE, [])
         epochs = budget.epochs(one_step(net, teacher), len(train))
         options = {} if teacher is None else {"distill": {"temperature": 2.0, "alpha": 0.7}}
         print(tt.finetune(net, train, epochs=epochs, layer_decay=0.9, teacher=teacher, **BEST, **options))
-        rows.add(name, scored(net, test) | budget.spent())
+        spent = budget.spent()
+        rows.add(name, scored(net, test) | spent)
 
 
 @torch.no_grad()
@@ -235,8 +241,8 @@ def scored(net: nn.Module, test: Pictures) -> dict[str, Any]:
 class Rows:
     """The results, written after each; those of earlier runs stay."""
 
-    def __init__(self, stem: str, out: Path) -> None:
-        self._stem, self._out = stem, out
+    def __init__(self, stem: str, out: Path, training: int) -> None:
+        self._stem, self._out, self._training = stem, out, training
         place = out / f"{stem}.json"
         self.found: dict[str, Any] = json.loads(place.read_text("utf-8"))["results"] if place.is_file() else {}
 
@@ -248,7 +254,7 @@ class Rows:
             for key, each in self.found.items()
         )  # fmt: skip
         columns = ("way", "top-1", "MACs (M)", "params (M)", "epochs", "minutes")
-        notes = [f"- {BATCH * 100:,} training pictures, {row['pictures']:,} test pictures, {SIZE} x {SIZE}"]
+        notes = [f"- {self._training:,} training pictures, {row['pictures']:,} test pictures, {SIZE} x {SIZE}"]
         write(
             self._stem,
             {"results": self.found},

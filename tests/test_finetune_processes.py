@@ -21,10 +21,10 @@ from torchtrim.train.shares import Shares
 SCRIPT = """
 import json, os, sys
 sys.path.insert(0, sys.argv[2])
-from test_finetune_processes import train
+from test_finetune_processes import norms, train
 rank = int(os.environ["RANK"])
 folder = sys.argv[1]
-found = train(f"{folder}/run")
+found = train(f"{folder}/run") | {"norms": norms()}
 open(f"{folder}/{rank}.json", "w").write(json.dumps(found))
 """
 KILLED = """
@@ -33,6 +33,16 @@ sys.path.insert(0, sys.argv[2])
 from test_finetune_processes import train, before_batch
 before_batch(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == 17 else None)
 train(sys.argv[1])
+"""
+ONE_KILLED = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from test_finetune_processes import train, before_batch
+resume = os.path.isfile(f"{sys.argv[1]}/run/state.pt")
+if os.environ["RANK"] == "1" and not resume:
+    before_batch(lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == 17 else None)
+found = train(f"{sys.argv[1]}/run", resume=resume)
+open(f"{sys.argv[1]}/{os.environ['RANK']}.json", "w").write(json.dumps(found))
 """
 _before_batch: list[Any] = []
 
@@ -87,10 +97,17 @@ def train(folder: str, resume: bool = False) -> dict[str, Any]:
     return {"epochs": epochs, "best": done.best, "rows": done.rows, "weights": weights, "processes": done.processes}
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]], Path]:
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "script.py").write_text(SCRIPT)
+def norms() -> dict[str, Any]:
+    """With a norm that collects statistics, of other rows in each process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    x = torch.randn(40, 8)
+    finetune(model, [(x[:20], x[:20, :3].argmax(1))] * 3, [(x, x[:, :3].argmax(1))], epochs=2, ema=0.5)
+    return {name: value.tolist() for name, value in model.state_dict().items()}
+
+
+def in_two(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(script)
     command = [
         sys.executable,
         "-m",
@@ -99,13 +116,19 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list
         "--standalone",
         folder / "script.py",
     ]
-    run = subprocess.run(
+    return subprocess.run(
         [*map(str, command), str(folder), str(Path(__file__).parent)],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]], Path]:
+    folder = tmp_path_factory.mktemp("two")
+    run = in_two(SCRIPT, folder)
     assert run.returncode == 0, run.stderr[-3000:]
     return train(str(folder / "alone")), [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)], folder
 
@@ -142,6 +165,18 @@ def test_a_killed_training_goes_on_to_the_same_bits(both: Any, tmp_path: Path) -
     assert again == alone
     for name in ("best.trim", "last.trim"):
         assert (tmp_path / "run" / name).read_bytes() == (folder / "alone" / name).read_bytes()
+
+
+def test_one_of_two_processes_is_killed_and_both_go_on_to_the_weights_of_one(both: Any, tmp_path: Path) -> None:
+    alone, _, _ = both
+    assert in_two(ONE_KILLED, tmp_path).returncode != 0
+    assert len(torch.load(tmp_path / "run" / "state.pt", weights_only=True)["epochs"]) == 1
+    run = in_two(ONE_KILLED, tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    again = json.loads((tmp_path / "0.json").read_text())
+    assert (again["best"], len(again["epochs"])) == (alone["best"], len(alone["epochs"]))
+    for name, value in alone["weights"].items():
+        assert torch.allclose(torch.tensor(value), torch.tensor(again["weights"][name]), atol=1e-5), name
 
 
 @pytest.mark.parametrize("workers", [0, 2])

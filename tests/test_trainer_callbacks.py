@@ -96,6 +96,18 @@ def test_lightning_goes_on_with_the_masks(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.net.parameters(), broken.net.parameters(), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_after_a_break_in_lightning_everything_learns_again(tmp_path: Path) -> None:
+    class Failing(Lit):
+        def training_step(self, batch: Any, _number: int) -> torch.Tensor:
+            raise RuntimeError("broken off")
+
+    module = Failing()
+    with pytest.raises(RuntimeError, match="broken off"):
+        lit_trainer(tmp_path, LightningTrim("net", unfreeze={0: "4"})).fit(module, loader())
+    assert all(parameter.requires_grad for parameter in module.net.parameters())
+
+
 class Rows(Dataset[Any]):
     def __len__(self) -> int:
         return 32
@@ -116,7 +128,7 @@ class Labelled(nn.Module):
         return found if labels is None else {"loss": nn.functional.cross_entropy(logits, labels), **found}
 
 
-def arguments(folder: Path) -> TrainingArguments:
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=3,
@@ -128,6 +140,7 @@ def arguments(folder: Path) -> TrainingArguments:
         disable_tqdm=True,
         logging_strategy="no",
         dataloader_pin_memory=False,
+        **options,
     )
 
 
@@ -143,6 +156,14 @@ def test_transformers_prunes_unfreezes_and_records(tmp_path: Path) -> None:
     assert float((model.net[2].weight == 0).float().mean()) == 0.5
     assert counts == [51, 51, *[467] * 4]
     assert [edit.kind for edit in tt.history(model).edits] == ["sparsify"]
+
+
+def test_transformers_counts_epochs_where_steps_were_asked_for(tmp_path: Path) -> None:
+    model = Labelled()
+    callback = TransformersTrim(unfreeze={0: "net.4", 4: "all"})
+    before = model.net[0].weight.detach().clone()
+    Trainer(model, arguments(tmp_path, max_steps=10), train_dataset=Rows(), callbacks=[callback]).train()
+    assert not torch.equal(model.net[0].weight, before)  # in the fifth epoch
 
 
 def test_transformers_goes_on_with_the_masks(tmp_path: Path) -> None:

@@ -51,13 +51,14 @@ def arguments_of(batch: Any, model: nn.Module, example: Inputs) -> Inputs:
     return Inputs.of(batch)
 
 
-def answer_to(given: Inputs, model: nn.Module, number: int) -> Any:
+def answer_to(given: Inputs, model: nn.Module, number: int, *, told: Inputs | None = None) -> Any:
     """What a model says to a batch of data.
 
     Args:
         given: The arguments.
         model: The model, called as it is.
         number: Which batch it is, for the error.
+        told: What the error says that was given, where that is less.
 
     Raises:
         InputError: The forward refuses it.
@@ -67,8 +68,10 @@ def answer_to(given: Inputs, model: nn.Module, number: int) -> Any:
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
+        alone = "more than 1 value per channel" in str(error)
         raise InputError(
             f"the model does not take the data: {type(error).__name__}: {str(error).rstrip('.')}",
             path=f"data[{number}]",
-            found=given.describe(),
+            found=(told or given).describe(),
+            hint="drop_last=True, or another batch size: a norm needs two rows or more" if alone else None,
         ) from error

@@ -26,7 +26,7 @@ def refuse_without_accelerate() -> None:
 
 @contextmanager
 def accelerating(given: Any = None, precision: str | None = None) -> Iterator[Any]:
-    """An `accelerate.Accelerator`: the one that was given, or a new one that leaves nothing behind.
+    """An `accelerate.Accelerator`: the one that was given, or a new one; all else of accelerate's stays as it was.
 
     Args:
         given: An accelerator of the user's.
@@ -43,7 +43,7 @@ def accelerating(given: Any = None, precision: str | None = None) -> Iterator[An
     """
     refuse_without_accelerate()
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     if precision not in (None, *PRECISIONS):
         raise InputError("no such precision", path="precision", found=precision, expected=PRECISIONS)
@@ -59,14 +59,26 @@ def accelerating(given: Any = None, precision: str | None = None) -> Iterator[An
                 found=given.gradient_accumulation_steps,
                 hint="finetune(..., accumulate=)",
             )
-        yield given
+        _refuse_sharded(given)
+        optimizers, syncs = list(given._optimizers), given.sync_gradients
+        given.gradient_state._set_sync_gradients(True)  # without it no optimizer makes a step
+        try:
+            yield given
+        finally:
+            given._optimizers[:] = optimizers
+            given.gradient_state._set_sync_gradients(syncs)
         return
     processor = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if precision == "fp16" and processor:
         raise InputError("a processor trains in bf16, not in fp16", path="precision", hint='precision="bf16"')
-    known = bool(AcceleratorState._shared_state)
+    # accelerate keeps one state a process, which a new accelerator changes: this one is for a single training.
+    known, known_partly = bool(AcceleratorState._shared_state), bool(PartialState._shared_state)
+    gradients = dict(GradientState._shared_state)
     try:
-        yield Accelerator(cpu=processor, mixed_precision=precision or "no")
+        fabric = Accelerator(cpu=processor, mixed_precision=precision or "no")
+        _refuse_sharded(fabric)
+        fabric.gradient_state._set_sync_gradients(True)
+        yield fabric
     except ValueError as error:
         if not known or "AcceleratorState" not in str(error):
             raise
@@ -75,6 +87,19 @@ def accelerating(given: Any = None, precision: str | None = None) -> Iterator[An
         ) from error
     finally:
         if not known:
-            # accelerate keeps one state a process: without this no later training could have another precision.
-            AcceleratorState._reset_state()
-            GradientState._reset_state()
+            # With the processes of a group the group stays, which no second one can be beside.
+            alone = not known_partly and not torch.distributed.is_initialized()
+            AcceleratorState._reset_state(reset_partial_state=alone)
+        GradientState._shared_state.clear()
+        GradientState._shared_state.update(gradients)
+
+
+def _refuse_sharded(fabric: Any) -> None:
+    kind = str(fabric.distributed_type.value)
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA"):
+        raise InputError(
+            "only whole models are trained here, each process having one",
+            path="accelerator",
+            found=kind,
+            expected="accelerate launch --multi_gpu, or torchrun",
+        )

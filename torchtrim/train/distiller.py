@@ -287,6 +287,11 @@ class Distiller(nn.Module):
         return self._taught.model
 
     @property
+    def criterion(self) -> Criterion | None:
+        """The hard loss that was given; `None` for the task's own."""
+        return self._criterion[0]
+
+    @property
     def cache(self) -> TeacherCache | None:
         """What the teacher said before; `None` where that is not kept."""
         return self._cache

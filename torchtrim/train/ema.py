@@ -84,6 +84,11 @@ class Averaged:
         for name, tensor in self._tensors():
             tensor.copy_(values[name])
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The averages themselves."""
+        return list(self._mean.values())
+
     def state_dict(self) -> dict[str, object]:
         """What it takes to go on later."""
         return {"steps": self._steps, "mean": {name: tensor.clone() for name, tensor in self._mean.items()}}

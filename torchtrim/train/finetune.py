@@ -26,6 +26,7 @@ from torchtrim.train.outcome import Epoch, FineTuning
 from torchtrim.train.pruner_choice import PrunerChoice, pruner_of
 from torchtrim.train.rates import OptimizerChoice, Rates, ScheduleChoice, optimizer_of
 from torchtrim.train.shares import Shares
+from torchtrim.train.sparsity import SparsityPenalty
 from torchtrim.train.stages import Stages, Unfreeze
 from torchtrim.train.training_run import TrainingRun
 from torchtrim.train.watching import Watching
@@ -94,7 +95,8 @@ def finetune(
         lr: The largest learning rate.
         layer_decay: As for `param_groups`.
         lrs: As for `param_groups`: rates by path.
-        weight_decay: As for `param_groups`. These four are for the optimizers that are made here.
+        weight_decay: As for `param_groups`. These four are for the optimizers that are made here, of all that learns
+            in any stage.
         optimizer: `"adamw"`, `"sgd"` (Nesterov momentum 0.9), an optimizer of one's own, or a function of parameter
             groups that makes one.
         schedule: `"cosine"`, `"linear"`, `"constant"`, `"plateau"`, a torch scheduler, or a function of the optimizer
@@ -107,7 +109,8 @@ def finetune(
         label_smoothing: Of the cross-entropy, in training.
         mixup: `mixup(inputs, targets)` as timm's `Mixup` and torchvision's `MixUp` and `CutMix` are; or the alpha of a
             `torchvision.transforms.v2.MixUp`.
-        metric: `metric(output, targets)`, a mean over rows, more of it being better. Left out: accuracy, for classes.
+        metric: `metric(output, targets)`, a mean over rows, more of it being better. Left out: accuracy, for classes
+            (targets of -100 do not count). With a teacher both are given the output that the student learns by.
         teacher: A model to imitate (with a new `Distiller`), or a `Distiller` of the model.
         distill: Options of that `Distiller`: `temperature`, `alpha`, `hints`, ...; hints are lined up by path through
             the model's history unless they are given, or there are no places that both have.
@@ -153,8 +156,11 @@ def finetune(
     start = time.perf_counter()
     model = _fit(model)
     _check(epochs, accumulate, clip_norm, patience, keep, seed, resume, folder)
+    _refuse_idle(model, optimizer, layer_decay, lrs, penalty, teacher, label_smoothing)
     with ExitStack() as stack:
         fabric = stack.enter_context(accelerating(accelerator, precision))
+        if fabric.device.type == "cuda":
+            torch.cuda.init()  # else there is no random state of it to keep
         for kept in (kept_random_state(), kept_modes(model), _kept_device(model, fabric.device)):
             stack.enter_context(kept)
         seed_all(seed, 0)
@@ -191,7 +197,7 @@ def finetune(
             fabric,
             rule,
             rates,
-            Objective(criterion, label_smoothing),
+            Objective(_criterion_of(distiller, criterion), label_smoothing, distiller),
             metric,
             distiller=distiller,
             mixup=mixing(mixup, model, inputs, fabric.device),
@@ -204,8 +210,9 @@ def finetune(
         settings = {
             "epochs": epochs, "batches": batches, "lr": lr, "layer_decay": layer_decay, "weight_decay": weight_decay,
             "lrs": None if lrs is None else dict(lrs), "accumulate": accumulate, "clip_norm": clip_norm, "ema": ema,
-            "seed": seed, "label_smoothing": label_smoothing, "warmup": warmup, "precision": precision,
-            "optimizer": type(rule).__name__, "schedule": schedule if isinstance(schedule, str) else None,
+            "seed": seed, "label_smoothing": label_smoothing, "warmup": warmup, "precision": fabric.mixed_precision,
+            "optimizer": type(rule).__name__,
+            "schedule": schedule if isinstance(schedule, str) else type(rates.scheduler).__name__,
             "unfreeze": repr(unfreeze), "teacher": teacher is not None, "pruner": type(thinning).__name__,
         }  # fmt: skip
         choose = (keep or ("best" if validation is not None else "last")) == "best"
@@ -232,7 +239,7 @@ def finetune(
             rows=run.rows,
             processes=fabric.num_processes,
             device=str(fabric.device),
-            precision=precision or "float32",
+            precision="float32" if fabric.mixed_precision == "no" else fabric.mixed_precision,
             seconds=time.perf_counter() - start,
             folder=None if folder is None else Path(folder),
             notes=tuple(run.notes),
@@ -274,6 +281,34 @@ def _check(
         raise InputError("there is nothing to go on from", path="resume", hint="folder=, where the training was saved")
 
 
+def _refuse_idle(
+    model: nn.Module,
+    optimizer: OptimizerChoice,
+    layer_decay: float,
+    lrs: Mapping[str, float] | None,
+    penalty: Any,
+    teacher: Any,
+    label_smoothing: float,
+) -> None:
+    """Refuse what would do nothing."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        for name, given in (("layer_decay", layer_decay != 1), ("lrs", lrs is not None)):
+            if given:
+                hint = "a function of parameter groups: lambda groups: torch.optim.SGD(groups, momentum=0.9)"
+                raise InputError("an optimizer of one's own has its rates already", path=name, hint=hint)
+    if penalty is not None and not isinstance(penalty, SparsityPenalty):
+        raise InputError("not a penalty", path="penalty", found=type(penalty).__name__, expected="a SparsityPenalty")
+    if penalty is not None and penalty.model is not model:
+        raise InputError("the penalty is of another model", path="penalty", found=type(penalty.model).__name__)
+    if isinstance(teacher, Distiller) and label_smoothing:
+        raise InputError("a Distiller has its own", path="label_smoothing", hint="Distiller(..., label_smoothing=)")
+
+
+def _criterion_of(distiller: Distiller | None, given: Criterion | None) -> Criterion | None:
+    """What is measured on validation data is what was learnt from labels."""
+    return distiller.criterion if given is None and distiller is not None else given
+
+
 def _shares(data: Iterable[Any], fabric: Any) -> Shares:
     return Shares(data, fabric.process_index, fabric.num_processes)
 
@@ -292,7 +327,7 @@ def _inputs(model: nn.Module, given: ExampleInputs | None, data: Iterable[Any], 
     first = next(iter(data), None)
     if first is None:
         raise InputError("the data gave no batches", path="train_data")
-    return Batch.of(first, model, labelled=labelled).inputs
+    return Batch.of(first, model, labelled=labelled, apart=not labelled).inputs
 
 
 @contextmanager
@@ -336,7 +371,7 @@ def _distilling(
     with ExitStack() as stack:
         if next(unwrap(teacher).parameters(), None) is not None:
             stack.enter_context(_kept_device(unwrap(teacher), device))
-        if "hints" in given:
+        if "hints" in given or given.get("cache"):  # a cache goes without hints
             made = Distiller(model, teacher, **given)
         else:
             try:

@@ -81,6 +81,11 @@ class LightningTrim(Callback):  # type: ignore[misc]
         if self._stages is not None:
             self._stages.leave()
 
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
+        """Let everything learn again after a training that was broken off."""
+        if self._stages is not None:
+            self._stages.leave()
+
     def state_dict(self) -> dict[str, Any]:
         """What Lightning puts into its checkpoints."""
         return {} if self.pruner is None else {"pruner": self.pruner.state_dict()}

@@ -16,7 +16,7 @@ from torchtrim.errors import InputError, ModelError, TorchTrimError
 from torchtrim.graph.batches import answer_to
 from torchtrim.graph.inputs import Inputs
 from torchtrim.train.meter import Meter
-from torchtrim.train.objective import Batch, Metric, Objective, accuracy, has_classes
+from torchtrim.train.objective import Batch, Metric, Objective
 from torchtrim.train.rates import Rates
 from torchtrim.train.shares import Share, Shares
 
@@ -88,6 +88,7 @@ class Loop:
             ModelError: The loss is not finite; says in which step.
         """
         self._runs.train()
+        self.clear()
         self._bad = None
         meter = Meter(self.accelerator)
         step = 0
@@ -97,16 +98,33 @@ class Loop:
                 held = number < len(window) and isinstance(self._runs, DistributedDataParallel)
                 with self._runs.no_sync() if held else contextlib.nullcontext():  # type: ignore[operator]
                     self._learn(share, total, epoch, step, meter)
-            self._step()
             step += 1
             self._look(epoch, step)
+            try:
+                self._step()
+            except ModelError:
+                self._look(epoch, step, last=True)  # weights that are no numbers come of a loss that was none
+                raise
             if tell is not None:
                 tell(len(window), meter, self.optimizer)
         if not step:
             again = "an iterator can be gone through once: give a list or a DataLoader" if epoch else None
             raise InputError(f"the data gave no batches in epoch {epoch + 1}", path="train_data", hint=again)
         self._look(epoch, step, last=True)
+        self.agree(self._runs.buffers())
         return meter
+
+    def clear(self) -> None:
+        """Drop all gradients, also those from before, and of parameters that the optimizer does not hold."""
+        held = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        for parameter in (*self.model.parameters(), *held):
+            parameter.grad = None
+
+    def agree(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every process the values of the first: what norms collect is each process's own."""
+        if self.accelerator.num_processes > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, 0)
 
     @torch.no_grad()
     def measure(self, shares: Shares) -> Meter:
@@ -120,7 +138,8 @@ class Loop:
         empty = True
         for number, share in enumerate(shares):
             empty = False
-            batch = Batch.of(share.batch, self.model).to(self.accelerator.device)
+            apart = self._distiller is not None
+            batch = Batch.of(share.batch, self.model, apart=apart).to(self.accelerator.device)
             with self.accelerator.autocast():
                 output = answer_to(batch.inputs, self.model, number)
                 loss = self._objective(output, batch, smooth=False)
@@ -133,6 +152,7 @@ class Loop:
     def _windows(self, shares: Shares, epoch: int) -> Iterator[list[Share]]:
         """The batches of each step. Every process draws the same order of the data, and other random numbers then."""
         seed_all(self.seed, epoch)
+        shares.begin(epoch)
         window: list[Share] = []
         first = True
         for share in shares:
@@ -147,14 +167,16 @@ class Loop:
             yield window
 
     def _learn(self, share: Share, total: int, epoch: int, step: int, meter: Meter) -> None:
-        batch = Batch.of(share.batch, self.model, labelled=self._distiller is None).to(self.accelerator.device)
+        alone = self._distiller is None
+        batch = Batch.of(share.batch, self.model, labelled=alone, apart=not alone).to(self.accelerator.device)
         mixed = batch if self._mixup is None else _mixed(batch, self._mixup)
         with self.accelerator.autocast():
-            if self._distiller is None:
+            if alone:
                 output = answer_to(mixed.inputs, self._runs, step * self._accumulate)
                 loss, parts = self._objective(output, mixed, soft=mixed is not batch), {}
             else:
-                distilled = self._runs(_plain(mixed.inputs), mixed.targets)
+                given = Inputs((_plain(mixed.inputs), mixed.targets))
+                distilled = answer_to(given, self._runs, step * self._accumulate, told=mixed.inputs)
                 output, loss, parts = distilled.output, distilled.loss, distilled.parts
         self._note(loss, epoch, step)
         # Each row counts the same, whatever batch of the step, and whatever process, it is in.
@@ -175,12 +197,14 @@ class Loop:
 
     def _step(self) -> None:
         optimizer = self.optimizer
-        parameters = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
+        if self.accelerator.scaler is not None and (self._penalty is not None or self._clip is not None):
+            # Once: accelerate would do it for either, and for every optimizer that it knows.
+            self.accelerator.scaler.unscale_(optimizer.optimizer)
         if self._penalty is not None:
-            self.accelerator.unscale_gradients()
             self._penalty.add_gradients()
         if self._clip is not None:
-            self.accelerator.clip_grad_norm_(parameters, self._clip)
+            held = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
+            torch.nn.utils.clip_grad_norm_(held, self._clip)
         optimizer.step()
         if not optimizer.step_was_skipped:
             self.rates.after_step()
@@ -191,10 +215,13 @@ class Loop:
     def _rate(self, meter: Meter, output: Any, batch: Batch, rows: int) -> None:
         if batch.targets is None:
             return
-        metric = accuracy if self._metric is None and has_classes(batch.targets) else self._metric
-        if metric is not None:
-            with torch.no_grad():
-                meter.add("metric", metric(output, batch.targets), rows)
+        with torch.no_grad():
+            if self._metric is None:
+                value: Any = self._objective.accuracy(output, batch)
+            else:
+                value = self._metric(self._objective.answer(output), batch.targets)
+        if value is not None:
+            meter.add("metric", value, rows)
 
     def _note(self, loss: torch.Tensor, epoch: int, step: int) -> None:
         """Remember the first step whose loss is not finite, without waiting for a GPU."""
@@ -236,6 +263,11 @@ def _plain(inputs: Inputs) -> Any:
 
 
 def _mixed(batch: Batch, mixup: Any) -> Batch:
+    if batch.own_loss:
+        hint = "batches of (inputs, targets), the inputs a dict"
+        raise InputError(
+            "the model works out its loss by itself, of labels that are one class each", path="mixup", hint=hint
+        )
     try:
         inputs, targets = mixup(_plain(batch.inputs), batch.targets)
     except TorchTrimError:

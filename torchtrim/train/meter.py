@@ -48,7 +48,8 @@ class Meter:
         if self._all is None:
             if self._accelerator is not None and self._accelerator.num_processes > 1:
                 for name in self._sums:
-                    self._sums[name] = self._accelerator.reduce(self._sums[name], reduction="sum")
+                    here = self._sums[name].to(self._accelerator.device)  # a metric may be a plain number
+                    self._sums[name] = self._accelerator.reduce(here, reduction="sum")
             self._all = {name: self.now(name) for name in self._sums}
             self.rows = int(self._sums["loss"][1].item()) if "loss" in self._sums else 0
         return self._all

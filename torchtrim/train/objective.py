@@ -13,6 +13,10 @@ from torch.utils import _pytree as pytree
 
 from torchtrim.errors import InputError, ModelError
 from torchtrim.graph.inputs import Inputs
+from torchtrim.train.distil_batch import class_axis_of, wide
+from torchtrim.train.distiller import Distiller
+from torchtrim.train.model_output import output_of
+from torchtrim.train.soft_targets import fitted_targets, hard_loss
 
 Criterion: TypeAlias = Callable[[Any, Any], torch.Tensor]
 Metric: TypeAlias = Callable[[Any, Any], "torch.Tensor | float"]
@@ -27,8 +31,8 @@ class Batch:
 
     Attributes:
         inputs: The arguments of the forward.
-        targets: What it should say; `None` where there are none, or where the model works out its loss by itself.
-        own_loss: Whether the labels are among the inputs, so that the output holds the loss.
+        targets: What it should say; `None` where there are none.
+        own_loss: Whether the labels are among the inputs too, so that the output holds the loss.
         classes: The least and the largest class among the targets, where they are classes and lie in main memory.
     """
 
@@ -38,13 +42,14 @@ class Batch:
     classes: tuple[int, int] | None = None
 
     @staticmethod
-    def of(batch: Any, model: nn.Module, *, labelled: bool = True) -> Batch:
+    def of(batch: Any, model: nn.Module, *, labelled: bool = True, apart: bool = False) -> Batch:
         """Take a batch apart.
 
         Args:
             batch: `(inputs, targets)`, `(input, ..., targets)`, or a dict with `labels` among the model's arguments.
             model: The model, for the names of its arguments.
             labelled: Whether there have to be targets.
+            apart: Whether labels are kept from a model that takes them, since its loss is worked out elsewhere.
 
         Raises:
             InputError: It is nothing of the kind, or has no targets.
@@ -55,7 +60,7 @@ class Batch:
             ('float32[4, 3]', torch.Size([4]))
         """
         if hasattr(batch, "items"):
-            return _of_names(dict(batch.items()), model, labelled)
+            return _of_names(dict(batch.items()), model, labelled, apart)
         if isinstance(batch, torch.Tensor) and not labelled:
             return Batch(Inputs.of(batch), None)
         if not isinstance(batch, (tuple, list)) or (len(batch) < 2 and labelled):
@@ -83,7 +88,7 @@ class Batch:
         return replace(self, inputs=inputs, targets=move)
 
 
-def _of_names(batch: Mapping[str, Any], model: nn.Module, labelled: bool) -> Batch:
+def _of_names(batch: Mapping[str, Any], model: nn.Module, labelled: bool, apart: bool) -> Batch:
     parameters = inspect.signature(model.forward).parameters
     name = next((each for each in _TARGETS if each in batch), None)
     if name is None and labelled:
@@ -93,9 +98,17 @@ def _of_names(batch: Mapping[str, Any], model: nn.Module, labelled: bool) -> Bat
             found=list(batch),
             expected=f"one of {', '.join(_TARGETS)} among them",
         )
-    if name in parameters:
-        return Batch(Inputs.of(batch), None, own_loss=True)
     targets = batch.get(name) if name is not None else None
+    if name in parameters and not apart:
+        return Batch(Inputs.of(batch), targets, own_loss=True)
+    if name in parameters and isinstance(targets, torch.Tensor) and targets.dim() > 1:
+        # What the model does with them (a language model shifts them) is not known here.
+        raise InputError(
+            "with a teacher the labels are not the model's, and have to be lined up with its outputs",
+            path=f"data: {name}",
+            found=list(targets.shape),
+            hint="batches of (inputs, targets), the inputs a dict; or none of these labels",
+        )
     open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     rest = {key: value for key, value in batch.items() if key != name and (open_ended or key in parameters)}
     if not rest:
@@ -109,7 +122,7 @@ def _span(targets: Any) -> tuple[int, int] | None:
     """Read here, where it holds nothing up: on a GPU a class too many ends the process."""
     if not has_classes(targets) or targets.is_cuda:
         return None
-    known = targets[targets != _IGNORED]
+    known = targets[targets.long() != _IGNORED]  # which no short type holds
     return (int(known.min()), int(known.max())) if known.numel() else None
 
 
@@ -135,9 +148,12 @@ class Objective:
         criterion: `criterion(output, targets)`, the mean over the rows. Left out: cross-entropy for whole-number
             targets and for class probabilities (`soft`), the mean squared error for other numbers.
         label_smoothing: Of the cross-entropy.
+        student: A `Distiller`, where one trains the model: it says which output is meant, and what it is.
     """
 
-    def __init__(self, criterion: Criterion | None = None, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, criterion: Criterion | None = None, label_smoothing: float = 0.0, student: Distiller | None = None
+    ) -> None:
         if criterion is not None and not callable(criterion):
             raise InputError(
                 "not a loss", path="criterion", found=criterion, expected="a function of output and targets"
@@ -146,7 +162,7 @@ class Objective:
             raise InputError("label_smoothing is at least 0 and below 1", found=label_smoothing)
         if criterion is not None and label_smoothing:
             raise InputError("a loss of one's own smooths its labels itself", path="label_smoothing")
-        self._criterion, self._smoothing = criterion, label_smoothing
+        self._criterion, self._smoothing, self._student = criterion, label_smoothing, student
 
     def __call__(self, output: Any, batch: Batch, *, soft: bool = False, smooth: bool = True) -> torch.Tensor:
         """The loss; in eval mode (`smooth=False`) of the labels as they are.
@@ -155,18 +171,46 @@ class Objective:
             InputError: The targets do not fit the output.
             ModelError: The output has no loss, and the labels went into the model; or the loss is no number.
         """
-        if batch.own_loss:
+        if batch.own_loss and self._criterion is None:
+            if self._smoothing:
+                raise InputError(
+                    "the model works out its loss by itself", path="label_smoothing", hint="criterion=, with smoothing"
+                )
             loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
             if not isinstance(loss, torch.Tensor):
                 raise ModelError("the model takes labels, and returns no loss", found=type(output).__name__)
             return loss.mean()
         if self._criterion is not None:
-            loss = self._criterion(output, batch.targets)
+            loss = self._criterion(self.answer(output), batch.targets)
             if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
                 found = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
                 raise ModelError("the loss is not a single number", path="criterion", found=found, hint="its mean")
             return loss.reshape(())
+        if self._student is not None:
+            return self._of_student(self._student, output, batch.targets)
         return self._usual(main_output(output), batch, soft, smooth)
+
+    def answer(self, output: Any) -> Any:
+        """What a loss or a metric of the user's is given: all that the model returns, or what a student learns."""
+        return output if self._student is None else output_of(output, self._student.output, "student")
+
+    @torch.no_grad()
+    def accuracy(self, output: Any, batch: Batch) -> torch.Tensor | None:
+        """The accuracy, where the targets are classes and the output has scores for them; else `None`."""
+        if not has_classes(batch.targets) or (self._student is not None and self._student.task != "classes"):
+            return None
+        scores = main_output(self.answer(output))
+        if self._student is not None:
+            scores = scores.movedim(class_axis_of(scores, "classes", self._student.class_axis), 1)
+        several = scores.dim() > 1 and scores.shape[1] > 1
+        fits = several and tuple(batch.targets.shape) == (scores.shape[0], *scores.shape[2:])
+        return accuracy(scores, batch.targets) if fits else None
+
+    def _of_student(self, student: Distiller, output: Any, targets: Any) -> torch.Tensor:
+        answer = wide(self.answer(output))
+        axis = class_axis_of(answer, student.task, student.class_axis)
+        targets = fitted_targets(student.task, answer, targets, axis, look=not answer.is_cuda)
+        return hard_loss(student.task, answer, targets, class_axis=axis)
 
     def _usual(self, logits: torch.Tensor, batch: Batch, soft: bool, smooth: bool) -> torch.Tensor:
         """The loss where none was given."""
@@ -180,20 +224,23 @@ class Objective:
             _check_shape(logits, targets, tuple(logits.shape))
             if soft:
                 return nn.functional.cross_entropy(logits, targets.to(logits.dtype), label_smoothing=smoothing)
+            if self._smoothing:
+                raise InputError("only labels that are classes can be smoothed", path="label_smoothing")
             return nn.functional.mse_loss(logits, targets.to(logits.dtype))
         _check_classes(logits, targets, batch.classes)
         return nn.functional.cross_entropy(logits, targets.long(), label_smoothing=smoothing)
 
 
 def accuracy(output: Any, targets: Any) -> torch.Tensor:
-    """The share of the targets whose class has the largest score, a number from 0 to 1.
+    """The share of the targets whose class has the largest score, a number from 0 to 1; those of -100 do not count.
 
     Example:
         >>> float(accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0])))
         0.75
     """
     right: torch.Tensor = main_output(output).argmax(1) == targets
-    return right.float().mean()
+    share: torch.Tensor = right.sum() / (targets.long() != _IGNORED).sum().clamp(min=1)
+    return share
 
 
 def has_classes(targets: Any) -> bool:

@@ -19,7 +19,7 @@ class Epoch:
         metric: Mean of the metric over them then; `None` where there is none.
         val_loss: Mean loss on the validation data afterwards, in eval mode; `None` without such data.
         val_metric: The metric on it.
-        lr: The largest learning rate, at its first step.
+        lr: The largest learning rate of its first step.
         trained: How many parameters learnt.
         seconds: How long it took, the measuring included.
         parts: The mean of each term of a distillation, before it was weighted.

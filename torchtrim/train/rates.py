@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ def optimizer_of(choice: OptimizerChoice, groups: list[dict[str, Any]], model: n
         model: The model.
 
     Raises:
-        InputError: There is no such optimizer, or what the function gave is none.
+        InputError: There is no such optimizer, what the function gave is none, or it wants to run the model itself.
         EditError: The optimizer that was given holds none of the model's parameters.
     """
     if isinstance(choice, torch.optim.Optimizer):
@@ -40,7 +41,7 @@ def optimizer_of(choice: OptimizerChoice, groups: list[dict[str, Any]], model: n
                 path="optimizer",
                 hint="make it of this model's parameters, after the last edit",
             )
-        return choice
+        return _stepping(choice)
     if isinstance(choice, str):
         if choice == "adamw":
             return torch.optim.AdamW(groups)
@@ -55,7 +56,19 @@ def optimizer_of(choice: OptimizerChoice, groups: list[dict[str, Any]], model: n
             found=type(choice if made is None else made).__name__,
             expected=f"{', '.join(OPTIMIZERS)}, a torch optimizer, or a function of parameter groups",
         )
-    return made
+    return _stepping(made)
+
+
+def _stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise InputError(
+            "this optimizer's step takes a closure, that runs the model again and again",
+            path="optimizer",
+            found=type(optimizer).__name__,
+            expected="one whose step() follows a backward",
+        )
+    return optimizer
 
 
 @dataclass
@@ -92,7 +105,7 @@ class Rates:
             by: When a scheduler of one's own goes on.
 
         Raises:
-            InputError: There is no such schedule, or a warm-up where there can be none.
+            InputError: There is no such schedule, a warm-up where there can be none, or `by` for a schedule by name.
         """
         if isinstance(warmup, bool) or not isinstance(warmup, (int, float)) or not 0 <= warmup < math.inf:
             raise InputError("a warm-up is a number of steps, or a share below 1", path="warmup", found=warmup)
@@ -110,10 +123,16 @@ class Rates:
             )
         if name is None:
             return _given(choice, optimizer, by)
+        if by is not None:
+            raise InputError("a schedule by name goes on by itself", path="schedule_by", found=by, expected="None")
+        if warmup >= 1 and steps is None:
+            raise InputError(
+                "how many steps an epoch has is not known", path="warmup", found=warmup, hint="a share below 1"
+            )
         if name == "plateau":
             return Rates(lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=2), "epoch")
         total = epochs * steps if steps is not None else epochs
-        begin = warmup * total if warmup < 1 else warmup if steps is not None else 0.0
+        begin = warmup * total if warmup < 1 else warmup
         if begin >= total and begin:
             raise InputError(
                 "the warm-up is as long as the training", path="warmup", found=warmup, expected=f"< {total}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from torchtrim.errors import InputError
 
@@ -33,7 +34,8 @@ class Shares:
 
     A `DataLoader` over a data set of known length reads this process's rows alone, from the same batches in the same
     order as in one process, as long as the random state is the same in all when it starts. Of any other source every
-    process goes through all batches, and takes its rows of each.
+    process goes through all batches, and takes its rows of each. Workers start anew with each epoch, so that their
+    random numbers are those of the epoch.
 
     Args:
         data: A `DataLoader`, or any iterable of batches.
@@ -41,7 +43,7 @@ class Shares:
         world: How many there are.
 
     Raises:
-        InputError: Not something that can be gone through.
+        InputError: Not something that can be gone through; or a sampler that shares out rows by itself.
 
     Example:
         >>> batches = [torch.arange(5), torch.arange(2)]
@@ -57,12 +59,26 @@ class Shares:
                 found=type(data).__name__,
                 expected="a DataLoader, or a list of (inputs, targets)",
             )
-        self._source, self._rank, self._world = data, rank, world
+        self._data = self._source = data
+        self._rank, self._world = rank, world
         self._own: _OwnRows | None = None
-        batches = data.batch_sampler if isinstance(data, DataLoader) else None
-        if world > 1 and isinstance(data, DataLoader) and batches and not isinstance(data.dataset, IterableDataset):
+        if not isinstance(data, DataLoader):
+            return
+        if world > 1 and isinstance(data.sampler, DistributedSampler):
+            raise InputError(
+                "the rows would be shared out twice: each process takes its rows of every batch here",
+                path="data",
+                found="DistributedSampler",
+                hint="DataLoader(..., shuffle=True), with the batch size of all processes together",
+            )
+        batches, as_usual = data.batch_sampler, type(data).__iter__ is DataLoader.__iter__
+        if world > 1 and batches and as_usual and not isinstance(data.dataset, IterableDataset):
             self._own = _OwnRows(batches, rank, world)
             self._source = _narrowed(data, self._own)
+        elif data.persistent_workers:
+            # What random numbers such workers have left after some epochs cannot be saved.
+            self._source = copy.copy(data)
+            object.__setattr__(self._source, "persistent_workers", False)
 
     def __len__(self) -> int:
         """How many batches an epoch has.
@@ -71,6 +87,13 @@ class Shares:
             TypeError: That is not known.
         """
         return len(self._source)  # type: ignore[arg-type]
+
+    def begin(self, epoch: int) -> None:
+        """Tell samplers and data sets that draw another order for each epoch which one it is, the first being 0."""
+        for name in ("sampler", "batch_sampler", "dataset"):
+            tell = getattr(getattr(self._data, name, None), "set_epoch", None)
+            if callable(tell):
+                tell(epoch)
 
     def __iter__(self) -> Iterator[Share]:
         if self._own is not None:
@@ -136,7 +159,6 @@ def _narrowed(loader: DataLoader[Any], own: _OwnRows) -> DataLoader[Any]:
         multiprocessing_context=loader.multiprocessing_context,
         generator=loader.generator,
         prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from torchtrim.train.training_state import (
     named_tensors,
     put_back,
     read_state,
+    refuse_closed,
     write_state,
 )
 from torchtrim.train.watching import Watching
@@ -65,12 +67,13 @@ class TrainingRun:
     ) -> None:
         self.loop, self.stages, self.pruner, self.average, self.distiller = loop, stages, pruner, average, distiller
         self.model, self.fabric = loop.model, loop.accelerator
-        self.settings, self.total, self.patience = settings, epochs, patience
+        self.total, self.patience = epochs, patience
         self.folder = None if folder is None else Path(folder)
         self.done: list[Epoch] = []
         self.best, self.rows, self.choose = 1, 0, choose
         self.notes: list[str] = []
         self._generators = generators_of(sources)
+        self.settings = settings | {"keep": "best" if choose else "last", "generators": len(self._generators)}
         self._best: dict[str, torch.Tensor] | None = None
         self._since = 0  # the first epoch that counts for the best: the first at the final sparsity
 
@@ -78,7 +81,16 @@ class TrainingRun:
         """Make sure that the folder can be written, or go on from what is in it."""
         if self.folder is None:
             return
+        rule, schedule = self.loop.optimizer, self.loop.rates.scheduler
+        refuse_closed(
+            {
+                type(rule.optimizer).__name__: rule.state_dict()["param_groups"],
+                type(schedule).__name__: schedule.state_dict(),
+            }
+        )
         there = (self.folder / FILE).is_file()
+        if self.fabric.gather(torch.tensor([float(there)], device=self.fabric.device)).unique().numel() > 1:
+            raise CheckpointError("not all processes see the same files", path=self.folder, hint="a shared folder")
         if there and not resume:
             raise CheckpointError(
                 "there is a training in this folder already", path=self.folder, hint="resume=True, or another folder"
@@ -104,7 +116,7 @@ class TrainingRun:
                 epoch = self._epoch(number, training, validation, watching)
             except BaseException:
                 put_back(named_tensors(self.model), good)
-                self.loop.optimizer.zero_grad()
+                self.loop.clear()
                 raise
             self._keep(epoch)
             self._write()
@@ -115,7 +127,7 @@ class TrainingRun:
 
     def finish(self, validation: Shares | None) -> int | None:
         """Leave the weights that are to be kept; returns the number of their epoch."""
-        self.loop.optimizer.zero_grad()
+        self.loop.clear()
         if self.average is not None:
             self.average.write()
         if self.pruner is not None:
@@ -147,10 +159,12 @@ class TrainingRun:
         if self.stages.enter(number) or number == 0:
             self._refuse_all_frozen()
             self.loop.wrap()
-        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        trained = sum(parameter.numel() for parameter in self._learning())
         watching.begin(number)
         lr = max(group["lr"] for group in self.loop.optimizer.param_groups)
         meter = self.loop.train(training, number, watching.step)
+        if self.average is not None:
+            self.loop.agree(self.average.tensors)
         means = meter.means()
         self.rows = meter.rows
         with self._averaged():
@@ -171,8 +185,20 @@ class TrainingRun:
         return epoch
 
     def _refuse_all_frozen(self) -> None:
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+        free = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not free:
             raise SelectionError("no parameter of the model is trainable", hint="torchtrim.unfreeze(model, ...)")
+        learning = self._learning()
+        if not learning:
+            raise SelectionError("the optimizer holds nothing of what is to learn", path="optimizer")
+        if len(learning) < len(free):
+            note = f"{len(free) - len(learning)} trainable parameters are not in the optimizer, and stayed as they were"
+            if note not in self.notes:
+                self.notes.append(note)
+
+    def _learning(self) -> list[torch.nn.Parameter]:
+        held = {id(each) for group in self.loop.optimizer.param_groups for each in group["params"]}
+        return [each for each in self.model.parameters() if each.requires_grad and id(each) in held]
 
     def _keep(self, epoch: Epoch) -> None:
         """Count an epoch, and keep its weights where they are the best."""
@@ -185,7 +211,8 @@ class TrainingRun:
         value, more = epoch.watched
         if number - 1 > self._since:
             other, _ = self.done[self.best - 1].watched
-            if not (value > other if more else value < other):
+            better = value > other if more else value < other
+            if not (better or (math.isnan(other) and not math.isnan(value))):
                 return
         self.best = number
         if self.choose:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from torchtrim.checkpoint.atomic import replacing
@@ -16,6 +19,9 @@ from torchtrim.errors import CheckpointDamaged, CheckpointError, CheckpointMisma
 
 FORMAT = 1
 FILE = "state.pt"
+_PARTS = {"settings", "model", "optimizer", "schedule", "scaler", "ema", "pruner", "distiller", "generators"} | {
+    "epochs", "best", "since", "rows",
+}  # fmt: skip
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -26,10 +32,38 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """
     with replacing(folder / FILE) as file:
         try:
-            torch.save({"format": FORMAT, **state}, file)
+            torch.save(_plain({"format": FORMAT, **state}), file)
         except (RuntimeError, pickle.PicklingError) as error:
             # torch turns what the disk says into an error of its own, and hides it behind that.
             raise CheckpointError(f"cannot be written: {error.__context__ or error}", path=folder / FILE) from error
+
+
+def refuse_closed(parts: Mapping[str, Any]) -> None:
+    """Said before a training, not after its end: what could not be read again.
+
+    Args:
+        parts: What will be in a state, by what it is the state of.
+
+    Raises:
+        CheckpointError: One holds objects that a file cannot give back (only plain data is read, never code).
+    """
+    for name, part in parts.items():
+        buffer = io.BytesIO()
+        try:
+            torch.save(_plain(part), buffer)
+            buffer.seek(0)
+            torch.load(buffer, weights_only=True)
+        except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                "its state holds more than numbers, texts and tensors, and could not be read again",
+                path=name,
+                hint="folder=None, or a state_dict() of plain data",
+            ) from error
+
+
+def _plain(state: Any) -> Any:
+    """NumPy's numbers as Python's, which are all that is read again."""
+    return pytree.tree_map_only(np.generic, lambda number: number.item(), state)
 
 
 def read_state(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -61,6 +95,10 @@ def read_state(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, 
         raise CheckpointDamaged("not the state of a training", path=place, found=type(state).__name__)
     if state["format"] > FORMAT:
         raise CheckpointTooNew("a state in a later form", path=place, found=state["format"], expected=FORMAT)
+    if missing := _PARTS - state.keys():
+        raise CheckpointDamaged(
+            "not the state of a training: parts of it are missing", path=place, found=sorted(missing)
+        )
     before = state["settings"]
     for name in {**before, **settings}:
         if before.get(name) != settings.get(name):

@@ -58,7 +58,7 @@ class TransformersTrim(TrainerCallback):  # type: ignore[misc]
         """Make the pruner and the stages, or go on with those of a checkpoint."""
         network = unwrap(model)
         inputs = None if self._inputs is None else Inputs.of(self._inputs)
-        self._stages = Stages(network, self._unfreeze, max(int(args.num_train_epochs), 1), inputs)
+        self._stages = Stages(network, self._unfreeze, max(int(state.num_train_epochs), 1), inputs)
         self.pruner = pruner_of(self._pruner, network, getattr(optimizer, "optimizer", optimizer))
         if self.pruner is not None and state.global_step:
             self.pruner.load_state_dict(_read(_place(args, state)))
