@@ -9,7 +9,7 @@ Real weights (ImageNet), pictures enlarged to 96 x 96, the first 500 training pi
 pictures at the end and never before. Each way has the same budget of processor time: the number of epochs is what fits
 into it, after a few steps were timed. The plain loop: everything frozen but a new last layer, Adam at 1e-3.
 
-Recovery: a third of the MACs of the best model is taken out (blocks, then channels), and what is left has the same
+Recovery: a third of the MACs of one of these (`--base`) is taken out (blocks, then channels), and what is left has the same
 budget, once with and once without the untrimmed one as its teacher. DATA is what `mnist_data.py DATA cifar10` makes.
 """
 
@@ -70,6 +70,7 @@ def main() -> int:
     made.add_argument("data", type=Path, help="the folder with CIFAR-10")
     made.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     made.add_argument("--only", choices=("transfer", "recovery"), help="one of the two parts")
+    made.add_argument("--base", choices=list(WAYS), default="gradual", help="whose model is trimmed (gradual)")
     made.add_argument("--minutes", type=float, default=10.0, help="processor time of each, over the threads (10)")
     made.add_argument("--threads", type=int, default=2)
     made.add_argument(
@@ -90,9 +91,8 @@ def main() -> int:
             rows.add(name, scored(net, test) | spent)
             tt.save(net, options.work / f"{name}.trim")
     if options.only != "transfer":
-        best = max((name for name in WAYS if name in rows.found), key=lambda name: rows.found[name]["accuracy"])
         heal = "scale" if options.quick else "auto"  # the best way trains for minutes
-        recover(best, heal, options.work, train, test, budget, rows)
+        recover(options.base, heal, options.work, train, test, budget, rows)
     return 0
 
 
@@ -208,9 +208,9 @@ WAYS: dict[str, Callable[[Pictures, Budget], nn.Module]] = {
 }  # fmt: skip
 
 
-def recover(best: str, heal: Any, work: Path, train: Pictures, test: Pictures, budget: Budget, rows: Rows) -> None:
+def recover(base: str, heal: Any, work: Path, train: Pictures, test: Pictures, budget: Budget, rows: Rows) -> None:
     """Take out a third of the MACs, and train what is left with and without its teacher."""
-    whole = tt.load(work / f"{best}.trim").eval()
+    whole = tt.load(work / f"{base}.trim").eval()
     macs = tt.summary(whole, EXAMPLE).macs
     calibration = [batch for batch, _ in zip(train, range(10), strict=False)]
     start = time.process_time()

@@ -531,3 +531,14 @@ def test_a_model_that_cannot_learn_is_refused() -> None:
         finetune(nn.ReLU(), batches())
     with pytest.raises(HeadError, match="all of the model"):
         finetune(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), batches(), unfreeze="head")
+
+
+def test_the_moments_of_pruned_weights_are_zero_too() -> None:
+    model = net()
+    adam = torch.optim.AdamW(model.parameters())
+    pruner = tt.MagnitudePruner(model, tt.ConstantSparsity(0.5), include="5")
+    finetune(model, batches(), epochs=1, optimizer=adam, pruner=pruner)
+    gone = model[5].weight == 0
+    assert int(gone.sum()) == 24
+    assert bool((adam.state[model[5].weight]["exp_avg"][gone] == 0).all())
+    assert pruner.optimizer is adam

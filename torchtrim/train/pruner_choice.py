@@ -49,4 +49,6 @@ def pruner_of(
         )
     if made.model is not model:
         raise InputError("the pruner is another model's", path="pruner", found=type(made.model).__name__)
+    if made.optimizer is None and optimizer is not None:
+        made.optimizer = optimizer  # what it keeps of pruned weights goes to zero with them
     return made
