@@ -9,8 +9,8 @@ Real weights (ImageNet), pictures enlarged to 96 x 96, the first 500 training pi
 pictures at the end and never before. Each way has the same budget of processor time: the number of epochs is what fits
 into it, after a few steps were timed. The plain loop: everything frozen but a new last layer, Adam at 1e-3.
 
-Recovery: a third of the MACs of one of these (`--base`) is taken out (blocks, then channels), and what is left has the same
-budget, once with and once without the untrimmed one as its teacher. DATA is what `mnist_data.py DATA cifar10` makes.
+Recovery: a third of the MACs of one of these (`--base`) is taken out (blocks, then channels), and what is left has the
+same budget, once with and once without the untrimmed one as its teacher. DATA is what `mnist_data.py DATA cifar10` makes.
 """
 
 from __future__ import annotations
