@@ -10,7 +10,7 @@ pictures at the end and never before. Each way has the same budget of processor 
 into it, after a few steps were timed. The plain loop: everything frozen but a new last layer, Adam at 1e-3.
 
 Recovery: a third of the MACs of one of these (`--base`) is taken out (blocks, then channels), and what is left has the
-same budget, once with and once without the untrimmed one as its teacher. DATA is what `mnist_data.py DATA cifar10` makes.
+same budget, with and without the untrimmed one as its teacher. DATA is what `mnist_data.py DATA cifar10` makes.
 """
 
 from __future__ import annotations
