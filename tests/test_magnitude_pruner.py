@@ -479,6 +479,39 @@ def test_a_pattern_stays_where_channels_went_that_it_does_not_divide_any_more() 
     assert p.finish().layers[0].sparsity < 0.5 and torch.equal(model.conv.weight == 0, gone)
 
 
+def test_a_pattern_goes_on_where_whole_groups_of_a_transposed_convolution_went() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ConvTranspose2d(16, 16, 2, groups=4), nn.Conv2d(16, 2, 1))
+    p = tt.MagnitudePruner(model, tt.PolynomialDecay(0.1, 0.5, end=4, every=2), pattern="2:4", include="1")
+    p.step()
+    tt.prune_channels(model, X, ratio=0.25, round_to=1, copy=False)
+    assert list(model[1].weight.shape) == [12, 4, 2, 2] and model[1].groups == 3
+    p.finish()
+    groups = model[1].weight.detach().reshape(3, 4, -1)
+    assert bool(((groups == 0).sum(1) == 2).all())
+
+
+def test_moments_of_complex_weights_are_zero_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4))
+    optimizer = torch.optim.Adam(model.parameters(), amsgrad=True)
+    p = tt.MagnitudePruner(model, tt.ConstantSparsity(0.5), optimizer=optimizer, include="1")
+    model[1](torch.ones(2, 4, dtype=torch.complex64)).abs().sum().backward()
+    optimizer.step()
+    p.step()
+    weight = model[1].weight
+    held = [value for value in optimizer.state[weight].values() if value.shape == weight.shape]
+    assert len(held) == 3 and not any(bool(value[weight == 0].any()) for value in held)
+
+
+def test_weights_that_came_back_are_not_called_zero() -> None:
+    model = net()
+    optimizer = sgd(model)
+    p = tt.MagnitudePruner(model, tt.ConstantSparsity(0.8), optimizer=optimizer, regrow=True)
+    train(model, optimizer, p, 3)
+    assert p.sparsity < 0.1 and not p.reached
+    p.finish()
+    assert p.sparsity == pytest.approx(0.8, abs=1e-4) and p.reached
+
+
 def test_another_optimizer_can_be_set() -> None:
     model = net()
     p = tt.MagnitudePruner(model, tt.ConstantSparsity(0.5), optimizer=sgd(model))

@@ -154,6 +154,12 @@ def test_onnx_types_and_places(tmp_path: Path) -> None:
     }
 
 
+def test_a_pickle_with_a_sparse_tensor(tmp_path: Path) -> None:
+    torch.save({"a": torch.eye(4).to_sparse(), "b": torch.ones(3)}, tmp_path / "net.pt")
+    size = tt.size_report(tmp_path / "net.pt").sizes[0]
+    assert (size.params, size.nonzeros) == (7, 7)
+
+
 def test_types_of_torch() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

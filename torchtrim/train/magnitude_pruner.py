@@ -177,14 +177,18 @@ class MagnitudePruner:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of the weights that take part which is held at zero now."""
-        held = sum(int(mask.sum()) for mask in self._masks.gone.values())
+        """The fraction of the weights that take part which is held at zero now; where they may come back, is zero."""
+        if self._finished or self._holds():
+            held = sum(int(mask.sum()) for mask in self._masks.gone.values())
+        else:  # weights come back between two prunings
+            held = sum(int((weight.parameter.detach() == 0).sum()) for weight in self._masks.weights)
         return held / sum(weight.parameter.numel() for weight in self._masks.weights)
 
     @property
     def reached(self) -> bool:
         """Whether the schedule's final sparsity is there."""
-        return self._finished or (bool(self._course) and self._reached >= self._schedule.final)
+        there = bool(self._course) and self._reached >= self._schedule.final
+        return self._finished or (there and self._holds())
 
     def step(self) -> bool:
         """Prune where the schedule says so, and keep at zero what has been pruned: behind `optimizer.step()`.
