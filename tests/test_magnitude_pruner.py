@@ -244,6 +244,24 @@ def test_a_schedule_of_ones_own() -> None:
     assert found == [0.3, 0.5, 0.5] and round(p.finish().sparsity, 2) == 0.6
 
 
+def test_a_schedule_that_gives_no_sparsity() -> None:
+    @dataclass(frozen=True)
+    class Wild:
+        final: float = 0.5
+
+        def at(self, step: int) -> float:
+            return 1.5
+
+        def due(self, step: int) -> bool:
+            return True
+
+    model = net()
+    p = tt.MagnitudePruner(model, Wild())
+    with pytest.raises(tt.EditError, match=r"schedule.at\(0\)"):
+        p.step()
+    assert zeros(model) == exact(0.0)
+
+
 def test_it_learns_while_it_is_pruned() -> None:
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
