@@ -542,3 +542,12 @@ def test_the_moments_of_pruned_weights_are_zero_too() -> None:
     assert int(gone.sum()) == 24
     assert bool((adam.state[model[5].weight]["exp_avg"][gone] == 0).all())
     assert pruner.optimizer is adam
+
+
+def test_a_pruner_with_an_optimizer_of_before_goes_over_to_that_of_the_training() -> None:
+    model = net()
+    before, adam = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.AdamW(model.parameters())
+    pruner = tt.MagnitudePruner(model, tt.ConstantSparsity(0.5), optimizer=before, include="5")
+    finetune(model, batches(), epochs=1, optimizer=adam, pruner=pruner)
+    gone = model[5].weight == 0
+    assert int(gone.sum()) == 24 and not bool(adam.state[model[5].weight]["exp_avg"][gone].any())

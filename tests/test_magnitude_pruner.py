@@ -244,6 +244,24 @@ def test_a_schedule_of_ones_own() -> None:
     assert found == [0.3, 0.5, 0.5] and round(p.finish().sparsity, 2) == 0.6
 
 
+def test_a_schedule_that_gives_no_sparsity() -> None:
+    @dataclass(frozen=True)
+    class Wild:
+        final: float = 0.5
+
+        def at(self, step: int) -> float:
+            return 1.5
+
+        def due(self, step: int) -> bool:
+            return True
+
+    model = net()
+    p = tt.MagnitudePruner(model, Wild())
+    with pytest.raises(tt.EditError, match=r"schedule.at\(0\)"):
+        p.step()
+    assert zeros(model) == exact(0.0)
+
+
 def test_it_learns_while_it_is_pruned() -> None:
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -477,6 +495,39 @@ def test_a_pattern_stays_where_channels_went_that_it_does_not_divide_any_more() 
     tt.delete_channels(model, X, "stem", [0, 1, 2], copy=False)
     gone = model.conv.weight == 0
     assert p.finish().layers[0].sparsity < 0.5 and torch.equal(model.conv.weight == 0, gone)
+
+
+def test_a_pattern_goes_on_where_whole_groups_of_a_transposed_convolution_went() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ConvTranspose2d(16, 16, 2, groups=4), nn.Conv2d(16, 2, 1))
+    p = tt.MagnitudePruner(model, tt.PolynomialDecay(0.1, 0.5, end=4, every=2), pattern="2:4", include="1")
+    p.step()
+    tt.prune_channels(model, X, ratio=0.25, round_to=1, copy=False)
+    assert list(model[1].weight.shape) == [12, 4, 2, 2] and model[1].groups == 3
+    p.finish()
+    groups = model[1].weight.detach().reshape(3, 4, -1)
+    assert bool(((groups == 0).sum(1) == 2).all())
+
+
+def test_moments_of_complex_weights_are_zero_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4))
+    optimizer = torch.optim.Adam(model.parameters(), amsgrad=True)
+    p = tt.MagnitudePruner(model, tt.ConstantSparsity(0.5), optimizer=optimizer, include="1")
+    model[1](torch.ones(2, 4, dtype=torch.complex64)).abs().sum().backward()
+    optimizer.step()
+    p.step()
+    weight = model[1].weight
+    held = [value for value in optimizer.state[weight].values() if value.shape == weight.shape]
+    assert len(held) == 3 and not any(bool(value[weight == 0].any()) for value in held)
+
+
+def test_weights_that_came_back_are_not_called_zero() -> None:
+    model = net()
+    optimizer = sgd(model)
+    p = tt.MagnitudePruner(model, tt.ConstantSparsity(0.8), optimizer=optimizer, regrow=True)
+    train(model, optimizer, p, 3)
+    assert p.sparsity < 0.1 and not p.reached
+    p.finish()
+    assert p.sparsity == pytest.approx(0.8, abs=1e-4) and p.reached
 
 
 def test_another_optimizer_can_be_set() -> None:

@@ -154,6 +154,25 @@ def test_onnx_types_and_places(tmp_path: Path) -> None:
     }
 
 
+def test_a_pickle_with_a_sparse_tensor(tmp_path: Path) -> None:
+    torch.save({"a": torch.eye(4).to_sparse(), "b": torch.ones(3)}, tmp_path / "net.pt")
+    size = tt.size_report(tmp_path / "net.pt").sizes[0]
+    assert (size.params, size.nonzeros) == (7, 7)
+
+
+def test_sparse_tensors_of_onnx_count_as_they_are(tmp_path: Path) -> None:
+    places = helper.make_tensor("at", TensorProto.INT64, [3], [0, 4, 8])
+    found = [helper.make_tensor(name, TensorProto.FLOAT, [3], [1.0, 2.0, 3.0]) for name in ("w", "c")]
+    one, two = (helper.make_sparse_tensor(values, places, [3, 3]) for values in found)
+    nodes = [helper.make_node("Constant", [], ["c"], sparse_value=two), helper.make_node("Add", ["w", "c"], ["y"])]
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, 3])
+    onnx.save(
+        helper.make_model(helper.make_graph(nodes, "g", [], [out], sparse_initializer=[one])), tmp_path / "s.onnx"
+    )
+    size = tt.size_report(tmp_path / "s.onnx").sizes[0]
+    assert (size.params, size.memory_bytes) == (6, 24)
+
+
 def test_types_of_torch() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -147,6 +147,29 @@ def test_a_pattern_runs_along_the_inputs_of_transposed_convolutions_too() -> Non
     assert bool(((groups != 0).sum(1) == 2).all())
 
 
+def test_a_pattern_runs_along_the_inputs_of_layers_of_transformers() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(nn.Linear(4, 8), conv1d(6, 8), nn.Linear(6, 2))  # of 8 inputs, which lie first
+    sparse = tt.sparsify(model, None, pattern="2:4")
+    groups = sparse.get_parameter("1.weight").detach().reshape(2, 4, 6)
+    assert bool(((groups != 0).sum(1) == 2).all())
+
+
+def test_blocks_are_of_outputs_and_inputs_of_transposed_convolutions_too() -> None:
+    model = nn.ModuleDict({"up": nn.ConvTranspose2d(6, 8, 3)})
+    sparse = tt.sparsify(model, None, 0.5, block=(4, 1), include="up")
+    gone = (sparse.get_parameter("up.weight").detach() == 0).transpose(0, 1).reshape(2, 4, 6, 9)
+    share = gone.float().mean((1, 3))
+    assert bool(((share == 0) | (share == 1)).all()) and int(share.sum()) == 6
+
+
+def test_norms_of_several_dimensions_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.RMSNorm((3, 4)), nn.Linear(4, 4), nn.Linear(4, 4))
+    sparse = tt.sparsify(model, None, 0.5)
+    assert [layer.path for layer in decided(sparse).layers] == ["2.weight"]
+    assert "norm" in decided(sparse).left_out["1.weight"]
+
+
 def test_a_pattern_that_does_not_divide() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 2))
     sparse = tt.sparsify(model, None, pattern="2:4")

@@ -235,6 +235,25 @@ def test_a_run_that_is_taken_up_again_and_a_copy() -> None:
         r.load_state_dict({})
 
 
+def test_values_in_double_precision_are_the_same_bits_after_a_checkpoint_and_in_the_record() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 300), nn.Linear(300, 200), nn.Linear(200, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clusters = tt.WeightClustering(model, 8)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X.double()), Y).backward()
+        optimizer.step()
+        clusters.step()
+    trained = weight(model, "1").clone()
+    clusters.load_state_dict(clusters.state_dict())
+    assert torch.equal(weight(model, "1"), trained)
+    clusters.finish()
+    edit = tt.history(model).edits[-1]
+    assert isinstance(edit, tt.ClusterWeights) and edit.decided is not None
+    assert torch.equal(edit.decided.tensors()["1.weight"], trained)
+
+
 def test_clusters_follow_deleted_channels() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -120,7 +121,12 @@ def _units(asked: Sparsify, weight: Weight, gone: Mapping[str, torch.Tensor] | N
     if asked.pattern is not None:
         kept, of = asked.groups
         return pattern_groups(scores, kept, of, weight.axis)
-    return single(scores) if asked.block is None else blocks(scores, asked.block, asked.pool)
+    if asked.block is None:
+        return single(scores)
+    if weight.axis != 0:
+        return blocks(scores, asked.block, asked.pool)
+    units = blocks(scores.transpose(0, 1), asked.block, asked.pool)  # blocks are of outputs and inputs
+    return replace(units, spread=lambda chosen: units.spread(chosen).transpose(0, 1).contiguous())
 
 
 def _and_before(mask: torch.Tensor, weight: Weight, gone: Mapping[str, torch.Tensor] | None) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -18,6 +19,7 @@ _SMALL = "a bias, a norm or a scale: fewer than two dimensions"
 _TABLE = "an embedding: its rows are looked up, not multiplied by"
 _OTHER = "not a layer's weight"
 _WHOLE = "not floating point"
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # of several dimensions too
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +205,7 @@ def _unfit(held: nn.Parameter, names: list[tuple[str, nn.Module, str]]) -> str |
         return _SMALL
     if all(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for _, module, _ in names):
         return _TABLE
-    if any(isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)) for _, module, _ in names):
+    if any(isinstance(module, _NORMS) for _, module, _ in names):
         return _SMALL
     return None if any(_is_weight(name) for name, _, _ in names) else _OTHER
 
@@ -245,10 +247,21 @@ def _refused(held: nn.Parameter, names: list[tuple[str, nn.Module, str]]) -> boo
 
 def _weight(held: nn.Parameter, names: list[tuple[str, nn.Module, str]]) -> Weight:
     module = names[0][1]
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) or _is_conv1d(module)
     axis = 0 if transposed else 2 if isinstance(module, nn.Bilinear) else 1
-    inputs = held.shape[axis] // (module.groups if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1)
-    return Weight(names[0][0], tuple(name for name, _, _ in names), held, axis, inputs)
+    return Weight(names[0][0], tuple(name for name, _, _ in names), held, axis, inputs_of(module, held, axis))
+
+
+def inputs_of(module: nn.Module, held: torch.Tensor, axis: int) -> int:
+    """How many inputs each output of a layer reads along the dimension of its weight in which inputs lie."""
+    return held.shape[axis] // (module.groups if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is the linear layer of transformers' GPT-2, whose weight has its inputs first."""
+    return any(
+        (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D") for kind in type(module).__mro__
+    )
 
 
 def _ordered(

@@ -129,6 +129,25 @@ def cluster_sums(entries: torch.Tensor, index: torch.Tensor, count: int) -> torc
     return sorted_sums(flat, numbers, count)  # atomic additions elsewhere come in any order
 
 
+def cluster_means(entries: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
+    """The mean of the entries of each cluster, in double precision; 0 of an empty one.
+
+    Of entries that are equal already it is that value, to the bit, once it is in the entries' type.
+
+    Example:
+        >>> cluster_means(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0], dtype=torch.uint8), 2)
+        tensor([2., 2.], dtype=torch.float64)
+    """
+    sizes = torch.bincount(index.flatten().int(), minlength=count)
+    if entries.dtype != torch.float64:  # the error of a sum in double precision is lost with its last bits
+        return cluster_sums(entries, index, count) / sizes.clamp(min=1)
+    numbers = index.flatten().long()
+    least = torch.zeros(count, dtype=entries.dtype, device=entries.device)
+    least.scatter_reduce_(0, numbers, entries.flatten(), "amin", include_self=False)
+    above = cluster_sums(entries.flatten() - least[numbers], index, count)
+    return least + above / sizes.clamp(min=1)
+
+
 def sorted_sums(flat: torch.Tensor, numbers: torch.Tensor, count: int) -> torch.Tensor:
     """`cluster_sums`, by sorting the entries first."""
     order = numbers.argsort(stable=True)

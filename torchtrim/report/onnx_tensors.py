@@ -34,6 +34,7 @@ _DEPTH = 32  # graphs in graphs
 # Numbers of the fields that are followed.
 _MODEL_GRAPH, _MODEL_FUNCTIONS = 7, 25
 _GRAPH_NODES, _GRAPH_INITIALIZERS, _FUNCTION_NODES, _NODE_ATTRIBUTES = 1, 5, 7, 5
+_GRAPH_SPARSE, _ATTRIBUTE_SPARSE, _SPARSE_VALUES = 15, 22, 1
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 8, 9, 13
 
@@ -71,6 +72,8 @@ def _of_graph(data: mmap.mmap, graph: Span, depth: int) -> Iterator[Span]:
     if depth > _DEPTH:
         raise ValueError("graphs are nested too deep")
     yield from _messages(data, graph, _GRAPH_INITIALIZERS)
+    for sparse in _messages(data, graph, _GRAPH_SPARSE):  # one counts as it is: its values
+        yield from _messages(data, sparse, _SPARSE_VALUES)
     yield from _of_nodes(data, graph, _GRAPH_NODES, depth)
 
 
@@ -78,6 +81,8 @@ def _of_nodes(data: mmap.mmap, owner: Span, nodes: int, depth: int) -> Iterator[
     for node in _messages(data, owner, nodes):
         for attribute in _messages(data, node, _NODE_ATTRIBUTES):
             yield from _messages(data, attribute, _ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS)
+            for sparse in _messages(data, attribute, _ATTRIBUTE_SPARSE):
+                yield from _messages(data, sparse, _SPARSE_VALUES)
             for graph in _messages(data, attribute, _ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
                 yield from _of_graph(data, graph, depth + 1)
 

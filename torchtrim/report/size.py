@@ -240,10 +240,11 @@ def _pickled(path: Path) -> Iterator[Stored]:
         ) from error
     seen: set[tuple[Any, ...]] = set()
     for name, tensor in _named(held, ""):
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.layout is torch.strided and tensor.numel() and place in seen:
-            continue  # a tied weight
-        seen.add(place)
+        if tensor.layout is torch.strided and tensor.numel():
+            place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+            if place in seen:
+                continue  # a tied weight
+            seen.add(place)
         yield _plain(name, tensor)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchtrim.edits.history import Applied, history
-from torchtrim.edits.sparse_weights import Weight
+from torchtrim.edits.sparse_weights import Weight, inputs_of
 from torchtrim.errors import EditError
 from torchtrim.train.lost import losses, shapes_before, taken
 
@@ -97,9 +97,11 @@ class Followed:
                 kept[now] = mask
             if chain:
                 notes.append(f"{weight.name} was narrowed from {list(before)} to {list(now.shape)}")
-            rows = now.shape[weight.axis] * weight.inputs // max(before[weight.axis], 1)
+            several = tuple(names[now])
+            owner = model.get_submodule(several[0].rpartition(".")[0])
+            inputs = inputs_of(owner, now, weight.axis)  # groups may have gone, or inputs of each
             followed.append(weight)
-            weights.append(replace(weight, name=names[now][0], names=tuple(names[now]), parameter=now, inputs=rows))
+            weights.append(replace(weight, name=several[0], names=several, parameter=now, inputs=inputs))
         if not weights:
             raise EditError("none of the weights are in the model any more", path=type(model).__name__)
         renamed = {old.name: new.name for old, new in zip(followed, weights, strict=True) if old.name != new.name}

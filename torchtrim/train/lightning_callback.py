@@ -58,7 +58,7 @@ class LightningTrim(Callback):  # type: ignore[misc]
         inputs = None if self._inputs is None else Inputs.of(self._inputs)
         self._stages = Stages(model, self._unfreeze, trainer.max_epochs or 1, inputs)
         optimizers = trainer.optimizers
-        self.pruner = pruner_of(self._pruner, model, optimizers[0] if optimizers else None)
+        self.pruner = pruner_of(self._pruner, model, *(optimizers or [None]))
         if self.pruner is not None and self._state is not None:
             self.pruner.load_state_dict(self._state)
         self._steps = trainer.global_step

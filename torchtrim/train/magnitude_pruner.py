@@ -13,7 +13,7 @@ from torchtrim.edits.history import Applied, count_params, record
 from torchtrim.edits.sparse_decide import decide, numbers_of
 from torchtrim.edits.sparse_record import SparseLayer, Sparsified
 from torchtrim.edits.sparse_weights import choose, held_at
-from torchtrim.edits.sparsify import SparseScope, Sparsify, asked_for
+from torchtrim.edits.sparsify import SparseScope, Sparsify, asked_for, fraction
 from torchtrim.errors import EditError
 from torchtrim.graph.copying import unwrap
 from torchtrim.graph.execution import known_inputs
@@ -177,14 +177,18 @@ class MagnitudePruner:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of the weights that take part which is held at zero now."""
-        held = sum(int(mask.sum()) for mask in self._masks.gone.values())
+        """The fraction of the weights that take part which is held at zero now; where they may come back, is zero."""
+        if self._finished or self._holds():
+            held = sum(int(mask.sum()) for mask in self._masks.gone.values())
+        else:  # weights come back between two prunings
+            held = sum(int((weight.parameter.detach() == 0).sum()) for weight in self._masks.weights)
         return held / sum(weight.parameter.numel() for weight in self._masks.weights)
 
     @property
     def reached(self) -> bool:
         """Whether the schedule's final sparsity is there."""
-        return self._finished or (bool(self._course) and self._reached >= self._schedule.final)
+        there = bool(self._course) and self._reached >= self._schedule.final
+        return self._finished or (there and self._holds())
 
     def step(self) -> bool:
         """Prune where the schedule says so, and keep at zero what has been pruned: behind `optimizer.step()`.
@@ -193,7 +197,8 @@ class MagnitudePruner:
             Whether weights were chosen at this step.
 
         Raises:
-            EditError: After `finish`; or a weight was replaced or reshaped, and the model's history does not say how.
+            EditError: After `finish`; a weight was replaced or reshaped, and the model's history does not say how; or
+                the schedule gives what is no sparsity.
             ModelError: A weight is not finite, where weights are chosen.
         """
         if self._finished:
@@ -201,7 +206,7 @@ class MagnitudePruner:
         self._rename(self._masks.refresh())
         due = self._schedule.due(self._step)
         if due:
-            self._prune(self._schedule.at(self._step))
+            self._prune(fraction(self._schedule.at(self._step), f"schedule.at({self._step})"))
         elif self._holds():
             self._masks.apply()
         self._step += 1

@@ -19,9 +19,17 @@ PrunerChoice: TypeAlias = (
 
 
 def pruner_of(
-    choice: PrunerChoice, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    choice: PrunerChoice, model: nn.Module, optimizer: torch.optim.Optimizer | None, *others: torch.optim.Optimizer
 ) -> MagnitudePruner | None:
     """A pruner as it is, one that follows a schedule, or what a function of the model and the optimizer makes.
+
+    A pruner with an optimizer that is none of the training's gets the first of these: what another keeps is not used.
+
+    Args:
+        choice: What was asked for.
+        model: The model that is trained.
+        optimizer: The optimizer that trains it.
+        others: More optimizers of the same training.
 
     Raises:
         InputError: It is none of these, or another model's.
@@ -49,6 +57,7 @@ def pruner_of(
         )
     if made.model is not model:
         raise InputError("the pruner is another model's", path="pruner", found=type(made.model).__name__)
-    if made.optimizer is None and optimizer is not None:
+    plain = [getattr(each, "optimizer", each) for each in (optimizer, *others)]
+    if optimizer is not None and not any(made.optimizer is each for each in plain):
         made.optimizer = optimizer  # what it keeps of pruned weights goes to zero with them
     return made

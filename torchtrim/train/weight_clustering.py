@@ -20,7 +20,7 @@ from torchtrim.graph.copying import unwrap
 from torchtrim.graph.execution import known_inputs
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.paths import What
-from torchtrim.importance.shared_values import ClusterInit, Shared, cluster_sums, share
+from torchtrim.importance.shared_values import ClusterInit, Shared, cluster_means, cluster_sums, share
 from torchtrim.train.followed import Followed
 
 Aggregate = Literal["mean", "sum"]
@@ -251,9 +251,7 @@ class WeightClustering:
     ) -> torch.Tensor:
         """The mean or the sum of each cluster's entries, in the weight's type; that of zeros is zero."""
         count = self._counts[parameter]
-        found = cluster_sums(entries, index, count)
-        if mean:
-            found /= torch.bincount(index.flatten().int(), minlength=count).clamp_(min=1)
+        found = cluster_means(entries, index, count) if mean else cluster_sums(entries, index, count)
         if parameter in self._zero:
             found[0] = 0
         return found.to(parameter.dtype)

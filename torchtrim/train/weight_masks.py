@@ -60,7 +60,9 @@ class WeightMasks(Followed):
             masks.append(mask)
             state = self.optimizer.state.get(weight) if self.optimizer is not None else None
             for value in (state or {}).values():
-                if isinstance(value, torch.Tensor) and value.shape == weight.shape and value.is_floating_point():
+                if not isinstance(value, torch.Tensor) or value.shape != weight.shape:
+                    continue
+                if value.is_floating_point() or value.is_complex():
                     same = value.dtype == mask.dtype and value.device == mask.device
                     tensors.append(value)
                     masks.append(mask if same else mask.to(value.device, value.dtype))
