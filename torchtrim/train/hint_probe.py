@@ -91,7 +91,7 @@ class _Marked(Capture):
 
 def _called(model: nn.Module, inputs: Inputs, whose: str) -> Any:
     try:
-        return inputs.call(model)
+        return inputs.fresh().call(model)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

@@ -98,6 +98,7 @@ class HintSet:
         """The two values of each hint, ready for its loss. Projections run in the network's precision."""
         if self.joints:
             capture.refuse_overwritten()
+            capture.refuse_cut_off()
         found = []
         for joint in self.joints:
             values = capture.values[joint.student.place.text], theirs[joint.teacher.place.text]
