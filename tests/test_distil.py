@@ -572,3 +572,11 @@ def test_distances_do_not_depend_on_where_the_samples_lie() -> None:
     lengths = [torch.cdist(each, each) for each in (a, b)]
     by_hand = F.smooth_l1_loss(*(each / each[each > 0].mean() for each in lengths))
     assert torch.allclose(distance_loss(a, b), by_hand, rtol=1e-4)
+
+
+def test_a_copy_in_the_type_that_it_has_is_moved_alone() -> None:
+    teacher = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    distiller = tt.Distiller(net(4), teacher, teacher_dtype=torch.float32)
+    assert distiller.teacher[0].weight.data_ptr() == teacher[0].weight.data_ptr()  # type: ignore[index]
+    distiller.teacher.double()  # as a move to a device does: the parameters stay the same objects
+    assert {tensor.dtype for tensor in teacher.state_dict().values() if tensor.is_floating_point()} == {torch.float32}

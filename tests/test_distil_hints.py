@@ -374,3 +374,24 @@ def test_nothing_is_kept_between_steps(place: str) -> None:
         assert len(kept) == 1 and kept[0]() is None
     finally:
         gc.enable()
+
+
+class Sequences(nn.Module):
+    """Tokens as torch's own layers take them by default: places first, (L, N, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block, self.head = nn.Linear(4, 8), nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.embed(x).transpose(0, 1)).mean(0))
+
+
+@pytest.mark.parametrize("options", [{"loss": "relational"}, {"loss": "attention"}, {"normalize": True}])
+def test_rows_that_are_no_samples_are_refused(options: dict[str, Any]) -> None:
+    for rows in (1, 5):
+        with pytest.raises(tt.InputError, match="not that of the samples"):
+            tt.Distiller(
+                Sequences(), Sequences(), hints=[tt.Hint("block", **options)], example_inputs=torch.randn(rows, 7, 4)
+            )
+    tt.Distiller(Sequences(), Sequences(), hints=["block"], example_inputs=torch.randn(2, 7, 4))

@@ -84,6 +84,7 @@ class HintSet:
                 hint,
                 (ours[name], theirs[name]),
                 (seen[0][ours[name].text], seen[1][theirs[name].text]),
+                inputs.batch,
             )
             for name, hint in hints.items()
         )

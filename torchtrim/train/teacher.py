@@ -178,7 +178,8 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
 def _in_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     stand_ins: dict[int, torch.Tensor] = {}
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.dtype != dtype:
+        if parameter.is_floating_point() and (parameter.dtype != dtype or type(parameter) is nn.Parameter):
+            # Also of those that share their memory: the copy may be moved to a device by itself.
             stand_ins[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
     for buffer in model.buffers():
         # Copies, so that the two do not write to each other's.
