@@ -395,3 +395,22 @@ def test_rows_that_are_no_samples_are_refused(options: dict[str, Any]) -> None:
                 Sequences(), Sequences(), hints=[tt.Hint("block", **options)], example_inputs=torch.randn(rows, 7, 4)
             )
     tt.Distiller(Sequences(), Sequences(), hints=["block"], example_inputs=torch.randn(2, 7, 4))
+
+
+def test_a_function_that_train_mode_calls_more_often_is_refused() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                x = x + 0.01
+            return self.b(self.a(x) + x)
+
+    x = torch.randn(4, 8)
+    distiller = tt.Distiller(Noisy(), Noisy(), hints=[":add#0"], example_inputs=x)
+    with pytest.raises(tt.ModelError, match="more or less often"):
+        distiller(x)
+    distiller.eval()
+    assert distiller(x).loss.isfinite()

@@ -40,8 +40,8 @@ class Capture:
 
     def __init__(self, model: nn.Module, places: Sequence[Address], copies: frozenset[str] = frozenset()) -> None:
         self.values: dict[str, torch.Tensor] = {}
+        self.calls: Counter[str] = Counter()
         self._model, self._places, self._copies = model, tuple(dict.fromkeys(places)), copies
-        self._calls: Counter[str] = Counter()
         self._versions: dict[str, int] = {}
         self._handles: list[Any] = []
         self._modes: list[_Functions] = []
@@ -96,7 +96,7 @@ class Capture:
             )
 
     def _check(self, place: Address) -> None:
-        count = self._calls[place.text]
+        count = self.calls[place.text]
         if place.text not in self.values:
             raise PathError(
                 "it was not called in this forward, or gave no tensor" if not count else "no such call",
@@ -114,8 +114,8 @@ class Capture:
             )
 
     def _keep(self, place: Address, output: Any) -> None:
-        number = self._calls[place.text]
-        self._calls[place.text] += 1
+        number = self.calls[place.text]
+        self.calls[place.text] += 1
         if number != (place.number or 0):
             return
         value = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
