@@ -513,3 +513,70 @@ def test_a_step_costs_little_more_than_its_parts() -> None:
     found = distil_overhead.measured(("resnet18", "resnet18"), torch.device("cpu"), 2, 32, 2)
     assert set(found) == {distil_overhead.PLAIN, "soft targets by hand", "tt.Distiller", "tt.Distiller, three hints"}
     assert min(found["tt.Distiller"]) < 2 * max(found[distil_overhead.PLAIN])  # a busy machine; the benchmark is exact
+
+
+def test_batches_without_any_label_have_no_hard_loss() -> None:
+    (x, y), teacher = batch(), net(16)
+    student = net(4)
+    distiller = tt.Distiller(student, teacher)
+    nothing = distiller(x, torch.full_like(y, -100))
+    assert nothing.parts["hard"] == 0 and torch.equal(nothing.loss, distiller(x).loss)
+    nothing.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+    y[::2] = -100
+    for smoothing in (0.0, 0.1):
+        part = tt.Distiller(student, teacher, label_smoothing=smoothing)(x, y).parts["hard"]
+        assert torch.allclose(part, F.cross_entropy(student(x), y, label_smoothing=smoothing))
+
+
+def test_yes_or_no_is_no_other_number() -> None:
+    x, _ = batch()
+    distiller = tt.Distiller(net(4), net(16), task="labels")
+    for wrong in (5.0, -1.0, float("nan")):
+        with pytest.raises(tt.InputError, match="yes or no"):
+            distiller(x, torch.full((16, 3), wrong))
+    known = torch.ones(16, 3, dtype=torch.bool)
+    known[0] = False
+    targets = torch.where(known, 1.0, -1.0)
+    expected = F.binary_cross_entropy_with_logits(distiller.student(x)[1:], targets[1:])
+    assert torch.allclose(distiller(x, targets, mask=known).parts["hard"], expected)
+
+
+def test_a_teacher_that_writes_to_its_inputs() -> None:
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scales = net(4), True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.mul_(0.5) if self.scales else x)
+
+    student, teacher = Scales(), Scales()
+    x, y = batch()
+    kept = x.clone()
+    distiller = tt.Distiller(student, teacher, hints=["inner.0"], example_inputs=x)
+    assert torch.equal(x, kept)
+    for _ in range(2):
+        assert torch.equal(distiller(x.clone(), y).output, student(x.clone()))
+    teacher.scales = False
+    late = tt.Distiller(student, teacher)
+    late(x.clone())
+    teacher.scales = True
+    with pytest.raises(tt.ModelError, match="writes to its inputs"):
+        late(x.clone())
+
+
+def test_distances_do_not_depend_on_where_the_samples_lie() -> None:
+    a, b = torch.randn(16, 64), torch.randn(16, 64)
+    assert torch.allclose(distance_loss(a + 1000, b), distance_loss(a, b), rtol=1e-3)
+    lengths = [torch.cdist(each, each) for each in (a, b)]
+    by_hand = F.smooth_l1_loss(*(each / each[each > 0].mean() for each in lengths))
+    assert torch.allclose(distance_loss(a, b), by_hand, rtol=1e-4)
+
+
+def test_a_copy_in_the_type_that_it_has_is_moved_alone() -> None:
+    teacher = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    distiller = tt.Distiller(net(4), teacher, teacher_dtype=torch.float32)
+    assert distiller.teacher[0].weight.data_ptr() == teacher[0].weight.data_ptr()  # type: ignore[index]
+    distiller.teacher.double()  # as a move to a device does: the parameters stay the same objects
+    assert {tensor.dtype for tensor in teacher.state_dict().values() if tensor.is_floating_point()} == {torch.float32}

@@ -149,3 +149,42 @@ def test_dense_outputs_and_dicts() -> None:
     distiller(torch.randn(2, 3, 6, 6))
     assert distiller.cache is not None and len(distiller.cache) == 5
     assert distiller.cache.size_bytes == 2 * 4 * (3 * 25 + 2 * 36)
+
+
+def test_a_cache_in_memory_is_for_one_teacher() -> None:
+    student, first = pair()
+    _, second = pair()
+    with torch.no_grad():
+        first.linear.weight.mul_(-2)
+        second.linear.weight.mul_(3)  # as many writes as the other has seen
+    cache, x = tt.TeacherCache(), torch.randn(4, 4)
+    for teacher in (first, second, first):
+        kept = tt.Distiller(student, teacher, cache=cache)(x).parts["soft"]
+        assert torch.allclose(kept, tt.Distiller(student, teacher)(x).parts["soft"], rtol=1e-2)
+    asked = first.rows
+    assert torch.equal(tt.Distiller(student, first, cache=cache)(x).parts["soft"], kept) and first.rows == asked
+    assert len(copy.deepcopy(cache)) == 4
+
+
+def test_a_cache_knows_which_output_is_meant() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"a": self.a(x), "b": 5 * self.b(x)}
+
+    student, teacher, cache, x = nn.Linear(4, 3), Two(), tt.TeacherCache(), torch.randn(4, 4)
+    for output in ("a", "b"):
+        kept = tt.Distiller(student, teacher, cache=cache, teacher_output=output)(x).parts["soft"]
+        assert torch.allclose(kept, tt.Distiller(student, teacher, teacher_output=output)(x).parts["soft"], rtol=1e-2)
+
+
+def test_weights_that_are_other_tensors_are_seen() -> None:
+    student, teacher = pair()
+    distiller, x = tt.Distiller(student, teacher, cache=True), torch.randn(4, 4)
+    before = distiller(x).loss
+    other = {name: -3 * value for name, value in teacher.state_dict().items()}
+    teacher.load_state_dict(other, assign=True)
+    assert not torch.allclose(distiller(x).loss, before)

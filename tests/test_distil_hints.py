@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -328,3 +330,87 @@ def test_a_wrapped_student_has_no_projections() -> None:
     with pytest.raises(tt.ModelError, match="wrapper around the distiller"):
         tt.Distiller(nn.DataParallel(Wide(8)), Wide(12), hints=["conv"], example_inputs=X)
     assert torch.isfinite(tt.Distiller(nn.DataParallel(Wide(8)), Wide(8), hints=["conv"], example_inputs=X)(X).loss)
+
+
+def test_a_hint_inside_of_reentrant_checkpointing_is_refused() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block, self.head = (
+                nn.Linear(8, 8),
+                nn.Sequential(nn.Linear(8, 8), nn.ReLU()),
+                nn.Linear(8, 3),
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.utils.checkpoint.checkpoint(self.block, self.stem(x), use_reentrant=True))
+
+    x = torch.randn(4, 8)
+    student, teacher = Checkpointed(), Checkpointed()
+    distiller = tt.Distiller(student, teacher, hints=["block.0"], example_inputs=x)
+    with pytest.raises(tt.ModelError, match="no gradients there"):
+        distiller(x)
+    with torch.no_grad():  # measuring asks for none
+        assert distiller(x).loss.isfinite()
+    tt.Distiller(student, teacher, hints=["stem"], example_inputs=x)(x).loss.backward()
+
+
+@pytest.mark.parametrize("place", ["conv", ":add"])
+def test_nothing_is_kept_between_steps(place: str) -> None:
+    class Sum(Wide):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(self.stem(x)) + 1.0
+            return self.head(y.mean((2, 3)))
+
+    distiller = tt.Distiller(Sum(), Sum(), hints=[place], example_inputs=X)
+    distiller(X)
+    gc.collect()
+    gc.disable()
+    try:
+        with distiller._hints.watching(distiller.student) as capture:
+            distiller.student(X)
+        kept = [weakref.ref(value) for value in capture.values.values()]
+        del capture
+        assert len(kept) == 1 and kept[0]() is None
+    finally:
+        gc.enable()
+
+
+class Sequences(nn.Module):
+    """Tokens as torch's own layers take them by default: places first, (L, N, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block, self.head = nn.Linear(4, 8), nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.embed(x).transpose(0, 1)).mean(0))
+
+
+@pytest.mark.parametrize("options", [{"loss": "relational"}, {"loss": "attention"}, {"normalize": True}])
+def test_rows_that_are_no_samples_are_refused(options: dict[str, Any]) -> None:
+    for rows in (1, 5):
+        with pytest.raises(tt.InputError, match="not that of the samples"):
+            tt.Distiller(
+                Sequences(), Sequences(), hints=[tt.Hint("block", **options)], example_inputs=torch.randn(rows, 7, 4)
+            )
+    tt.Distiller(Sequences(), Sequences(), hints=["block"], example_inputs=torch.randn(2, 7, 4))
+
+
+def test_a_function_that_train_mode_calls_more_often_is_refused() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                x = x + 0.01
+            return self.b(self.a(x) + x)
+
+    x = torch.randn(4, 8)
+    distiller = tt.Distiller(Noisy(), Noisy(), hints=[":add#0"], example_inputs=x)
+    with pytest.raises(tt.ModelError, match="more or less often"):
+        distiller(x)
+    distiller.eval()
+    assert distiller(x).loss.isfinite()

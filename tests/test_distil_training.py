@@ -215,3 +215,18 @@ def test_hints_see_no_recomputed_forward() -> None:
         for p, q in zip(student.parameters(), plain.parameters(), strict=True)
         if p.grad is not None and q.grad is not None
     )
+
+
+def test_a_training_is_resumed_with_its_own_distillation(tmp_path: Path) -> None:
+    x, y = rows()[0].float(), rows()[1]
+    data = list(zip(x.split(16), y.split(16), strict=True))
+    teacher = mlp(8, 16, 4, seed=1)
+    for epochs, distill in ((1, {"temperature": 2.0}), (1, {"temperature": 2.0})):
+        tt.finetune(
+            mlp(8, 16, 4, seed=2), data, epochs=epochs, teacher=teacher, distill=distill, folder=tmp_path, resume=True
+        )
+    for other in ({"temperature": 8.0}, {"temperature": 2.0, "alpha": 0.9}, {"temperature": 2.0, "hints": None}):
+        with pytest.raises(tt.CheckpointMismatch, match="distill"):
+            tt.finetune(
+                mlp(8, 16, 4, seed=2), data, epochs=1, teacher=teacher, distill=other, folder=tmp_path, resume=True
+            )

@@ -40,13 +40,16 @@ class Capture:
 
     def __init__(self, model: nn.Module, places: Sequence[Address], copies: frozenset[str] = frozenset()) -> None:
         self.values: dict[str, torch.Tensor] = {}
+        self.calls: Counter[str] = Counter()
         self._model, self._places, self._copies = model, tuple(dict.fromkeys(places)), copies
-        self._calls: Counter[str] = Counter()
         self._versions: dict[str, int] = {}
         self._handles: list[Any] = []
         self._modes: list[_Functions] = []
+        self._learning = False
+        self._cut_off: set[str] = set()
 
     def __enter__(self) -> Capture:
+        self._learning = torch.is_grad_enabled()
         for place in self._places:
             module = self._model.get_submodule(place.path)
             if place.function is None:
@@ -63,6 +66,7 @@ class Capture:
         for mode in reversed(self._modes):  # those that an exception left behind
             while mode.entered:
                 mode.leave()
+        self._modes.clear()  # they know this object: the values would wait for the garbage collector
         if error is None:
             for place in self._places:
                 self._check(place)
@@ -70,7 +74,7 @@ class Capture:
     @property
     def overwritten(self) -> set[str]:
         """The addresses whose values were written to after they were kept."""
-        return {text for text, value in self.values.items() if self._versions[text] != _version(value)}
+        return {text for text, value in self.values.items() if self._versions[text] != version_of(value)}
 
     def refuse_overwritten(self) -> None:
         """Raise `ModelError` where a kept value is not what was computed there any more."""
@@ -81,8 +85,18 @@ class Capture:
                 hint="the address of what overwrites it",
             )
 
+    def refuse_cut_off(self) -> None:
+        """Raise `ModelError` where a value was computed without gradients in a forward that has them."""
+        for text in sorted(self._cut_off):
+            raise ModelError(
+                "its value has no gradients there: nothing would be learnt from a hint",
+                path=text,
+                found="it is computed under torch.no_grad, as reentrant checkpointing does",
+                hint="checkpoint(..., use_reentrant=False), or a place outside of it",
+            )
+
     def _check(self, place: Address) -> None:
-        count = self._calls[place.text]
+        count = self.calls[place.text]
         if place.text not in self.values:
             raise PathError(
                 "it was not called in this forward, or gave no tensor" if not count else "no such call",
@@ -100,14 +114,16 @@ class Capture:
             )
 
     def _keep(self, place: Address, output: Any) -> None:
-        number = self._calls[place.text]
-        self._calls[place.text] += 1
+        number = self.calls[place.text]
+        self.calls[place.text] += 1
         if number != (place.number or 0):
             return
         value = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
         if value is not None:
+            if self._learning and not torch.is_grad_enabled():
+                self._cut_off.add(place.text)
             self.values[place.text] = value = value.clone() if place.text in self._copies else value
-            self._versions[place.text] = _version(value)
+            self._versions[place.text] = version_of(value)
 
     def _at_module(self, place: Address) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -176,5 +192,6 @@ def _plain(name: str) -> str:
     return _SAME.get(name, name)
 
 
-def _version(value: torch.Tensor) -> int:
+def version_of(value: torch.Tensor) -> int:
+    """A number that changes when an operation writes to a tensor; always 0 for those of inference mode."""
     return 0 if value.is_inference() else value._version

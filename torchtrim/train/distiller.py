@@ -244,6 +244,7 @@ class Distiller(nn.Module):
             return scalar(criterion(answer, targets), "hard")
         # On a GPU looking at the labels waits for it: only the first batch is looked at there.
         look = answer.device.type == "cpu" or not self._looked
+        look = look and (self.task == "classes" or mask is None)  # what a mask leaves out may be anything
         targets = fitted_targets(self.task, answer, targets, axis, look=look)
         self._looked = True
         return hard_loss(self.task, answer, targets, class_axis=axis, label_smoothing=self.label_smoothing, mask=mask)

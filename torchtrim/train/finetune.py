@@ -213,7 +213,9 @@ def finetune(
             "seed": seed, "label_smoothing": label_smoothing, "warmup": warmup, "precision": fabric.mixed_precision,
             "optimizer": type(rule).__name__,
             "schedule": schedule if isinstance(schedule, str) else type(rates.scheduler).__name__,
-            "unfreeze": repr(unfreeze), "teacher": teacher is not None, "pruner": type(thinning).__name__,
+            "unfreeze": repr(unfreeze), "teacher": teacher is not None,
+            "distill": None if distiller is None else _asked(distiller, weighed=distiller is not teacher),
+            "pruner": type(thinning).__name__,
         }  # fmt: skip
         choose = (keep or ("best" if validation is not None else "last")) == "best"
         sources = [train_data, val_data]
@@ -379,6 +381,17 @@ def _distilling(
             except SelectionError:  # they have no place in common: the outputs alone teach
                 made = Distiller(model, teacher, **given)
         yield stack.enter_context(made).to(device)
+
+
+def _asked(distiller: Distiller, *, weighed: bool) -> dict[str, Any]:
+    """What decides a distillation, as plain data. The weights of a user's own may change while it goes on."""
+    return {
+        "temperature": distiller.temperature,
+        "task": distiller.task,
+        "label_smoothing": distiller.label_smoothing,
+        "hints": {name: f"{hint.kind} {hint.student} {hint.teacher}" for name, hint in distiller.hints.items()},
+        "weights": dict(distiller.weights) if weighed else sorted(distiller.weights),
+    }
 
 
 def _add(optimizer: torch.optim.Optimizer, projections: list[nn.Parameter]) -> None:

@@ -128,14 +128,17 @@ class Joint:
         return student, teacher
 
 
-def joint_of(name: str, hint: Hint, places: tuple[Address, Address], probed: tuple[Probed, Probed]) -> Joint:
-    """Check that a hint can be asked for, on what one forward of each model showed.
+def joint_of(
+    name: str, hint: Hint, places: tuple[Address, Address], probed: tuple[Probed, Probed], batch: int
+) -> Joint:
+    """Check that a hint can be asked for, on what one forward of each model showed, of so many samples.
 
     Raises:
         InputError: The two values do not fit, or it cannot be told where their channels are.
     """
     sides = []
     for place, found in zip(places, probed, strict=True):
+        _check_samples(hint, place, found.shape, batch)
         axis = found.axis if hint.channel_axis is None else hint.channel_axis
         if hint.loss in ("features", "attention") or hint.project:
             if not 2 <= len(found.shape) <= 5:
@@ -158,6 +161,21 @@ def joint_of(name: str, hint: Hint, places: tuple[Address, Address], probed: tup
     joint = Joint(name, hint, *sides)
     _check_fit(joint)
     return joint
+
+
+def _check_samples(hint: Hint, place: Address, shape: tuple[int, ...], batch: int) -> None:
+    """Refuse to take the rows of a value for samples where they are something else, such as the places of (L, N, C)."""
+    first = shape[0] if shape else 0
+    # Windows of a picture are rows too: each has a map and a mean of its own, but relations are between samples.
+    by_row = hint.loss == "attention" or (hint.loss == "features" and hint.normalize)
+    if first != batch and (hint.loss in _RELATIONS or (by_row and batch in shape[1:2])):
+        raise InputError(
+            "the first dimension of this value is not that of the samples",
+            path=place.text,
+            found=list(shape),
+            expected=f"{batch} samples first",
+            hint="another place, or a function of the two values that turns them first",
+        )
 
 
 def _check_fit(joint: Joint) -> None:

@@ -97,6 +97,7 @@ def relational_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tenso
 
 def _distances(rows: torch.Tensor) -> torch.Tensor:
     count = len(rows)
+    rows = rows - rows.mean(0)  # distances stay; squares of what all have in common would swamp them
     squares = rows.square().sum(1)
     gram = squares[:, None] + squares[None] - 2 * rows @ rows.T
     own = torch.eye(count, dtype=torch.bool, device=rows.device)

@@ -27,11 +27,13 @@ class Probed:
         shape: Its shape for the example inputs.
         axis: Which dimension is the channels': 1 or -1; `None` where it cannot be told.
         overwritten: Whether an in-place operation writes to it later in the forward.
+        calls: How often it was called.
     """
 
     shape: tuple[int, ...]
     axis: int | None
     overwritten: bool
+    calls: int = 1
 
 
 def probe(model: nn.Module, inputs: Inputs, places: Sequence[Address], whose: str) -> dict[str, Probed]:
@@ -45,7 +47,7 @@ def probe(model: nn.Module, inputs: Inputs, places: Sequence[Address], whose: st
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True))
         >>> probe(net, Inputs.of(torch.zeros(2, 3, 8, 8)), [Address.of(net, "0")], "student")
-        {'0': Probed(shape=(2, 8, 6, 6), axis=1, overwritten=True)}
+        {'0': Probed(shape=(2, 8, 6, 6), axis=1, overwritten=True, calls=1)}
     """
     twin = structural_copy(unwrap(model), own_buffers=True, user_hooks=False).eval()
     log: list[tuple[int, bool]] = []  # the widths of the layers with weights, as they are called
@@ -68,6 +70,7 @@ def probe(model: nn.Module, inputs: Inputs, places: Sequence[Address], whose: st
             tuple(capture.values[place.text].shape),
             _axis(tuple(capture.values[place.text].shape), log[: marks[place.text]]),
             place.text in overwritten,
+            capture.calls[place.text],
         )
         for place in places
     }
@@ -91,7 +94,7 @@ class _Marked(Capture):
 
 def _called(model: nn.Module, inputs: Inputs, whose: str) -> Any:
     try:
-        return inputs.call(model)
+        return inputs.fresh().call(model)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

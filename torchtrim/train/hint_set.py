@@ -58,6 +58,7 @@ class HintSet:
         example_inputs: ExampleInputs | None,
     ) -> None:
         self.copies: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+        self._calls: dict[str, int] = {}
         self.joints = self._found(student, teacher, hints, example_inputs) if hints else ()
         self.places = tuple(joint.student.place for joint in self.joints)
         self.teacher_places = tuple(joint.teacher.place for joint in self.joints)
@@ -76,6 +77,7 @@ class HintSet:
             probe(student, signatures.for_student(inputs), list(ours.values()), "student"),
             probe(teacher.model, taught, list(theirs.values()), "teacher"),
         )
+        self._calls = {place.text: seen[0][place.text].calls for place in ours.values() if place.function is not None}
         written = [frozenset(text for text, found in side.items() if found.overwritten) for side in seen]
         self.copies = written[0], written[1]
         return tuple(
@@ -84,6 +86,7 @@ class HintSet:
                 hint,
                 (ours[name], theirs[name]),
                 (seen[0][ours[name].text], seen[1][theirs[name].text]),
+                inputs.batch,
             )
             for name, hint in hints.items()
         )
@@ -92,12 +95,26 @@ class HintSet:
         """What watches the student for one forward."""
         return Capture(unwrap(student), self.places, self.copies[0])
 
+    def _refuse_other_calls(self, capture: Capture) -> None:
+        """Functions are told apart by their number only: where train mode calls others too, it is another one's."""
+        for text, calls in self._calls.items():
+            if capture.calls[text] != calls:
+                raise ModelError(
+                    "the student calls this function more or less often than in eval mode, where it was looked up",
+                    path=text,
+                    found=f"{capture.calls[text]} calls",
+                    expected=calls,
+                    hint="the path of a module",
+                )
+
     def pairs(
         self, capture: Capture, theirs: Mapping[str, torch.Tensor], layers: Layers
     ) -> list[tuple[Joint, torch.Tensor, torch.Tensor]]:
         """The two values of each hint, ready for its loss. Projections run in the network's precision."""
         if self.joints:
             capture.refuse_overwritten()
+            capture.refuse_cut_off()
+            self._refuse_other_calls(capture)
         found = []
         for joint in self.joints:
             values = capture.values[joint.student.place.text], theirs[joint.teacher.place.text]

@@ -94,7 +94,7 @@ def hard_loss(
     label_smoothing: float = 0.0,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The loss against labels: cross-entropy, binary cross-entropy, or the mean squared error.
+    """The loss against labels: cross-entropy, binary cross-entropy, or the mean squared error; 0 without any label.
 
     Args:
         task: The kind of output.
@@ -115,6 +115,9 @@ def hard_loss(
             targets = targets.movedim(class_axis, 1)
         elif mask is not None:
             mask = _spread(mask, targets) & (targets != _IGNORED)
+        else:  # torch's own mean is NaN where no sample has a label
+            whole = F.cross_entropy(output, targets, reduction="sum", label_smoothing=label_smoothing)
+            return whole / (targets != _IGNORED).sum().clamp(min=1)
         loss = F.cross_entropy(output, targets, reduction=reduction, label_smoothing=label_smoothing)
     elif task == "labels":
         targets = targets * (1 - label_smoothing) + label_smoothing / 2
@@ -148,6 +151,14 @@ def fitted_targets(
         if targets.shape != output.shape and targets.numel() == output.numel() and output.shape[-1] == 1:
             targets = targets.reshape(output.shape)
         _same_shape(targets, tuple(output.shape), task)
+        if look and task == "labels" and not bool(((targets >= 0) & (targets <= 1)).all()):
+            raise InputError(
+                "yes or no is 1 or 0, or a probability between",
+                path="targets",
+                found=f"{float(targets.min()):g} to {float(targets.max()):g}",
+                expected="0 to 1",
+                hint="task='values' for numbers; mask=, for those that are not known",
+            )
         return targets.to(output.dtype)
     if targets.is_floating_point():
         _same_shape(targets, tuple(output.shape), "class probabilities")

@@ -14,7 +14,7 @@ from torchtrim.edits.addresses import Address
 from torchtrim.errors import ModelError
 from torchtrim.graph.copying import is_meta, kept_random_state, structural_copy, unwrap
 from torchtrim.graph.inputs import Inputs
-from torchtrim.train.capture import Capture
+from torchtrim.train.capture import Capture, version_of
 
 HALVES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -45,6 +45,7 @@ class Teacher:
         self.own_dtype = dtype
         self.model = model if dtype is None else _in_type(model, dtype)
         self._unread: torch.Tensor | None = None
+        self._writes: bool | None = None  # to its inputs, which are the student's too; first seen when it is asked
 
     @property
     def device(self) -> torch.device | None:
@@ -83,9 +84,24 @@ class Teacher:
         with torch.no_grad(), kept_random_state(), _in_eval(self.model), exact:
             capture = Capture(self.model, places, copies)
             with capture:
-                output = inputs.call(self.model)
+                output = self._called(inputs)
             capture.refuse_overwritten()
         return output, capture.values
+
+    def _called(self, inputs: Inputs) -> Any:
+        given = inputs if self._writes is False else inputs.fresh()
+        versions = [version_of(tensor) for tensor in given.tensors]
+        output = given.call(self.model)
+        wrote = versions != [version_of(tensor) for tensor in given.tensors]
+        if wrote and self._writes is False:
+            raise ModelError(
+                "it writes to its inputs, which the student gets too, and did not do so before",
+                path="teacher",
+                hint="x = x.clone() in its forward",
+            )
+        if not any(tensor.is_inference() for tensor in given.tensors):
+            self._writes = wrote or bool(self._writes)
+        return output
 
     def in_own_type(self, inputs: Inputs, student_dtype: torch.dtype | None) -> Inputs:
         """Inputs of the student's type in the teacher's."""
@@ -162,7 +178,8 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
 def _in_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     stand_ins: dict[int, torch.Tensor] = {}
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.dtype != dtype:
+        if parameter.is_floating_point() and (parameter.dtype != dtype or type(parameter) is nn.Parameter):
+            # Also of those that share their memory: the copy may be moved to a device by itself.
             stand_ins[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
     for buffer in model.buffers():
         # Copies, so that the two do not write to each other's.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +58,7 @@ class TeacherCache:
         self._where: dict[bytes, _Row] = {}
         self._stores: dict[tuple[int, ...], torch.Tensor] = {}
         self._used: dict[tuple[int, ...], int] = {}
-        self._version: int | None = None
+        self._bound: tuple[Any, ...] | None = None
 
     def __len__(self) -> int:
         return len(self._where)
@@ -107,7 +109,7 @@ class TeacherCache:
         return answer.to(inputs.tensors[0].device)
 
     def belongs_to(self, teacher: nn.Module, what: str) -> None:
-        """Bind the cache to a teacher; one that is read from a file has to be of the same.
+        """Bind the cache to a teacher: of another one, and of one that was changed, everything is forgotten.
 
         Args:
             teacher: The teacher.
@@ -117,20 +119,19 @@ class TeacherCache:
             CheckpointMismatch: The file holds what another teacher said.
             CheckpointError: The file cannot be read.
         """
-        version = _version(teacher)
-        if self.path is None:
-            if self._version not in (None, version):
-                self.clear()
-            self._version = version
+        now = (weakref.ref(teacher), what, *_versions(teacher))
+        if self._bound == now:
             return
-        if self._version == version:
-            return
-        mark = _fingerprint(teacher, what)
-        if self._version is not None or self.teacher not in ("", mark):
+        mark = _fingerprint(teacher, what)  # reads all weights: only when something may have changed
+        if self.teacher not in ("", mark):
             self.clear()
-        elif self.path.exists():
+        elif not self.teacher and self.path is not None and self.path.exists():
             self._load(mark)
-        self.teacher, self._version = mark, version
+        self.teacher, self._bound = mark, now
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, whose teacher is another object."""
+        return self.__dict__ | {"_bound": None}
 
     def clear(self) -> None:
         """Forget everything that is in memory."""
@@ -295,9 +296,12 @@ def _rows(inputs: Inputs, rows: list[int]) -> Inputs:
     return inputs.map(taken)
 
 
-def _version(model: nn.Module) -> int:
-    """A number that changes when an operation writes to a weight."""
-    return sum(tensor._version for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_inference())
+def _versions(model: nn.Module) -> tuple[int, int]:
+    """Numbers that change when an operation writes to a weight, and when weights are others."""
+    tensors = (*model.parameters(), *model.buffers())
+    plain = (nn.Parameter, torch.Tensor)
+    places = tuple(tensor.data_ptr() if type(tensor) in plain else id(tensor) for tensor in tensors)
+    return sum(tensor._version for tensor in tensors if not tensor.is_inference()), hash(places)
 
 
 def _fingerprint(model: nn.Module, what: str) -> str:
