@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import os
 import socket
@@ -18,7 +19,7 @@ import torchtrim as tt
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    sklearn = pytest.importorskip("sklearn.datasets")
+    sklearn = importlib.import_module("sklearn.datasets")
     found = sklearn.load_digits()
     order = np.random.default_rng(0).permutation(len(found.target))
     return torch.tensor(found.data[order] / 16.0).float(), torch.tensor(found.target[order])
@@ -146,7 +147,7 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_under_accelerate(precision: str) -> None:
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = importlib.import_module("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
     distiller = made().float()
     distiller.teacher.float()
