@@ -551,3 +551,10 @@ def test_a_pruner_with_an_optimizer_of_before_goes_over_to_that_of_the_training(
     finetune(model, batches(), epochs=1, optimizer=adam, pruner=pruner)
     gone = model[5].weight == 0
     assert int(gone.sum()) == 24 and not bool(adam.state[model[5].weight]["exp_avg"][gone].any())
+
+
+def test_a_batch_that_does_not_fit_is_named_by_its_number() -> None:
+    """Also where several make a step."""
+    wrong = (torch.zeros(2, 2, 4, 4), torch.tensor([0, 1]))
+    with pytest.raises(InputError, match=r"data\[3\].*does not take the data"):
+        finetune(net(), [*batches(3), wrong], epochs=1, accumulate=2)

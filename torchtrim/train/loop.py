@@ -97,7 +97,7 @@ class Loop:
             for number, share in enumerate(window, start=1):
                 held = number < len(window) and isinstance(self._runs, DistributedDataParallel)
                 with self._runs.no_sync() if held else contextlib.nullcontext():  # type: ignore[operator]
-                    self._learn(share, total, epoch, step, meter)
+                    self._learn(share, total, step, step * self._accumulate + number - 1, meter)
             step += 1
             self._look(epoch, step)
             try:
@@ -166,19 +166,19 @@ class Loop:
         if window:
             yield window
 
-    def _learn(self, share: Share, total: int, epoch: int, step: int, meter: Meter) -> None:
+    def _learn(self, share: Share, total: int, step: int, number: int, meter: Meter) -> None:
         alone = self._distiller is None
         batch = Batch.of(share.batch, self.model, labelled=alone, apart=not alone).to(self.accelerator.device)
         mixed = batch if self._mixup is None else _mixed(batch, self._mixup)
         with self.accelerator.autocast():
             if alone:
-                output = answer_to(mixed.inputs, self._runs, step * self._accumulate)
+                output = answer_to(mixed.inputs, self._runs, number)
                 loss, parts = self._objective(output, mixed, soft=mixed is not batch), {}
             else:
                 given = Inputs((_plain(mixed.inputs), mixed.targets))
-                distilled = answer_to(given, self._runs, step * self._accumulate, told=mixed.inputs)
+                distilled = answer_to(given, self._runs, number, told=mixed.inputs)
                 output, loss, parts = distilled.output, distilled.loss, distilled.parts
-        self._note(loss, epoch, step)
+        self._note(loss, step)
         # Each row counts the same, whatever batch of the step, and whatever process, it is in.
         weight = share.rows * self.accelerator.num_processes / total
         try:
@@ -223,7 +223,7 @@ class Loop:
         if value is not None:
             meter.add("metric", value, rows)
 
-    def _note(self, loss: torch.Tensor, epoch: int, step: int) -> None:
+    def _note(self, loss: torch.Tensor, step: int) -> None:
         """Remember the first step whose loss is not finite, without waiting for a GPU."""
         loss = loss.detach()
         if self._bad is None:
@@ -237,8 +237,9 @@ class Loop:
         if self.accelerator.num_processes > 1:
             if not last and step % _LOOK_EVERY:
                 return
-            worst = self.accelerator.gather(self._bad[None])
-            self._bad = worst[worst[:, 0].argmax()]
+            every = self.accelerator.gather(self._bad[None])
+            first = torch.where(every[:, 0] < 0, torch.inf, every[:, 0]).argmin()
+            self._bad = every[first]
         found, loss = self._bad.tolist()
         if found >= 0:
             raise ModelError(
