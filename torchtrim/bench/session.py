@@ -118,14 +118,14 @@ class OnnxSession:
             entry.name: self._array(entry, tensor, cast) for entry, tensor in zip(self._inputs, tensors, strict=True)
         }
 
-    def run(self, feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """The outputs, in the file's order.
+    def run(self, feed: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> list[NDArray[Any]]:
+        """The outputs: those named, or all in the file's order.
 
         Raises:
             ExportError: ONNX Runtime could not run it.
         """
         try:
-            return [np.asarray(value) for value in self._session.run(None, feed)]
+            return [np.asarray(value) for value in self._session.run(outputs, feed)]
         except Exception as error:  # ONNX Runtime's errors share no base class
             shapes = {name: list(array.shape) for name, array in feed.items()}
             raise ExportError(f"ONNX Runtime cannot run the file: {error}", path=self.path, found=shapes) from error

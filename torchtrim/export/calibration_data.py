@@ -1,0 +1,297 @@
+"""A user's data, spooled to disk once: half of it to calibrate on, half to compare on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from torchtrim.bench.session import OnnxSession
+from torchtrim.errors import InputError, TorchTrimError
+from torchtrim.export.inputs import arguments_of, in_order, input_names
+from torchtrim.graph.inputs import Inputs
+from torchtrim.graph.progress import progress
+
+ROWS = 512
+FEED = 32  # rows of one feed
+_WILD = 1e4  # of the largest absolute value: pictures and embeddings are far below
+
+Feed = dict[str, NDArray[Any]]
+
+
+@dataclass
+class CalibrationData:
+    """Batches of a user's data as feeds of an ONNX file, on disk.
+
+    Rows are put into feeds of at most 32 (of as many as the file takes, where it takes one batch size only). Every
+    second feed is to calibrate on, the others are to compare on; a single feed is split by rows. One row serves for
+    both, and `notes` says so.
+
+    Attributes:
+        folder: Where the feeds are.
+        feeds: How many there are of each kind: for calibration, for comparison.
+        rows: How many rows there are of each kind.
+        labelled: Whether every row has an integer class.
+        notes: What a person should know of the data.
+    """
+
+    folder: Path
+    feeds: tuple[int, int] = (0, 0)
+    rows: tuple[int, int] = (0, 0)
+    labelled: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def spool(
+        data: Any, model: nn.Module, path: Path | OnnxSession, folder: Path, *, limit: int = ROWS
+    ) -> CalibrationData:
+        """Read a user's data once, batch by batch, and keep it on disk as feeds of a file.
+
+        No more is in memory than a batch and a feed. Reading stops at the limit.
+
+        Args:
+            data: Any iterable of batches (tensors, `(inputs, targets)` pairs, dicts), also one that can be read once
+                only; or one batch: a tensor, a dict or a tuple.
+            model: The model that the file came from: it tells inputs from targets.
+            path: The float file.
+            folder: An empty folder; the caller removes it.
+            limit: At most this many rows.
+
+        Raises:
+            InputError: No data; not batches; a shape or a type that the file does not take; NaN or infinite values.
+        """
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise InputError("the limit of rows is positive and a whole number", found=limit)
+        session = path if isinstance(path, OnnxSession) else OnnxSession(path, threads=1)
+        folder.mkdir(parents=True, exist_ok=True)
+        spool = _Spool(folder, session.fixed_batch or FEED, fixed=session.fixed_batch is not None)
+        reader = _Reader(model, session)
+        with progress("reading the data") as told:
+            for number, batch in enumerate(_batches(data)):
+                feed, targets = reader.read(number, batch)
+                spool.add(feed, targets, limit)
+                told(f"{spool.rows} rows", min(1.0, spool.rows / limit))
+                if spool.rows >= limit:
+                    break
+        if not spool.rows:
+            raise InputError(
+                "there is no data to calibrate on", found="no batches" if not reader.count else "batches without rows"
+            )
+        feeds, rows = spool.close()
+        notes = [*reader.notes, *spool.notes]
+        return CalibrationData(folder, feeds, rows, spool.labelled, notes)
+
+    def calibration(self) -> Iterator[Feed]:
+        """The feeds to calibrate on."""
+        return (feed for feed, _ in self._read("calibration", self.feeds[0]))
+
+    def comparison(self) -> Iterator[Feed]:
+        """The feeds to compare on."""
+        return (feed for feed, _ in self._read("comparison", self.feeds[1]))
+
+    def labelled_comparison(self) -> Iterator[tuple[Feed, NDArray[np.int64]]]:
+        """The feeds to compare on, each with the class of every row.
+
+        Raises:
+            InputError: The data came without classes.
+        """
+        for feed, targets in self._read("comparison", self.feeds[1]):
+            if targets is None:
+                raise InputError("the data has no integer classes to compare with", hint="(inputs, targets) batches")
+            yield feed, targets
+
+    def _read(self, kind: str, count: int) -> Iterator[tuple[Feed, NDArray[np.int64] | None]]:
+        for number in range(count):
+            with np.load(self.folder / f"{kind}-{number}.npz") as stored:
+                feed = {key.removeprefix("input."): stored[key] for key in stored.files if key != "targets"}
+                yield feed, stored["targets"] if self.labelled else None
+
+
+class _Reader:
+    """Batches to feeds and targets, each checked."""
+
+    def __init__(self, model: nn.Module, session: OnnxSession) -> None:
+        self._model, self._session = model, session
+        self.count = 0
+        self.notes: list[str] = []
+
+    def read(self, number: int, batch: Any) -> tuple[Feed, NDArray[np.int64] | None]:
+        self.count += 1
+        place = f"batch {number + 1} of the data"
+        if not isinstance(batch, (torch.Tensor, Mapping, tuple, list, Inputs)):
+            raise InputError(
+                "not a batch",
+                path=place,
+                found=type(batch).__name__,
+                expected="a tensor, an (inputs, targets) pair or a dict",
+            )
+        try:
+            inputs = arguments_of(batch, self._model, self._session.input_names)
+            if len(inputs.tensors) == len(self._session.input_names):
+                inputs = in_order(inputs, self._model)
+                names = input_names(self._model, inputs)
+                inputs = Inputs((), dict(zip(names, inputs.tensors, strict=True)))
+            rows = inputs.batch
+            if self._session.fixed_batch not in (None, rows):
+                expected = self._session.fixed_batch or rows
+                self._session.feed(inputs.with_batch(expected), cast=True)  # the other sizes must be right
+                feed = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.kwargs.items()}
+            else:
+                feed = self._session.feed(inputs, cast=True)
+        except TorchTrimError as error:
+            where = place if error.path is None else f"{place}, {error.path}"
+            raise InputError(error.message, path=where, found=error.found, expected=error.expected) from error
+        self._check_values(feed, place)
+        return feed, _targets(batch, inputs, rows)
+
+    def _check_values(self, feed: Feed, place: str) -> None:
+        for name, array in feed.items():
+            if not np.issubdtype(array.dtype, np.floating) or not array.size:
+                continue
+            if not np.isfinite(array).all():
+                found = "NaN" if np.isnan(array).any() else "infinite values"
+                raise InputError(
+                    "the data holds values that are not numbers",
+                    path=f"{place}, {name}",
+                    found=found,
+                    expected="finite numbers",
+                )
+            largest = float(np.abs(array).max())
+            if largest > _WILD and not any(note.startswith(f"{name} ") for note in self.notes):
+                self.notes.append(f"{name} reaches {largest:.3g} in {place}: is it normalised as the model expects?")
+
+
+class _Spool:
+    """Rows in, files of a given number of rows out; every second one is for the comparison."""
+
+    def __init__(self, folder: Path, size: int, *, fixed: bool) -> None:
+        self._folder, self._size, self._fixed = folder, size, fixed
+        self._held: list[tuple[Feed, NDArray[np.int64] | None]] = []
+        self._written: list[int] = []
+        self.rows = 0
+        self.labelled = True
+        self.notes: list[str] = []
+
+    def add(self, feed: Feed, targets: NDArray[np.int64] | None, limit: int) -> None:
+        count = min(_rows(feed), limit - self.rows)
+        if not count:
+            return
+        self.labelled = self.labelled and targets is not None
+        whole = _rows(feed)
+        shapes = {name: array.shape[1:] for name, array in feed.items()}
+        if self._held and shapes != {name: array.shape[1:] for name, array in self._held[0][0].items()}:
+            self._write(self._held_rows())  # another picture size, or longer texts: a feed of their own
+        start = 0
+        while start < count:
+            take = min(count - start, self._size - self._held_rows())
+            rows = slice(start, start + take)
+            part = {
+                name: array[rows] if array.ndim and array.shape[0] == whole else array for name, array in feed.items()
+            }
+            self._held.append((part, None if targets is None else targets[rows]))
+            start += take
+            if self._held_rows() == self._size:
+                self._write(self._size)
+        self.rows += count
+
+    def close(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Write what is left, and share the files out."""
+        if self._held:
+            self._write(self._held_rows())
+        if len(self._written) == 1:
+            return self._split()
+        counts, rows = [0, 0], [0, 0]
+        for number, size in enumerate(self._written):
+            kind = number % 2
+            name = ("calibration", "comparison")[kind]
+            (self._folder / f"feed-{number}.npz").rename(self._folder / f"{name}-{counts[kind]}.npz")
+            counts[kind] += 1
+            rows[kind] += size
+        return (counts[0], counts[1]), (rows[0], rows[1])
+
+    def _split(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        only = self._folder / "feed-0.npz"
+        with np.load(only) as stored:
+            arrays = {key: stored[key] for key in stored.files}
+        only.unlink()
+        rows = self._written[0]
+        if rows == 1 or self._fixed:
+            several = f"one batch of {rows}" if rows > 1 else "one row"
+            self.notes.append(f"there is {several} of data: it was both calibrated and compared on")
+            for kind in ("calibration", "comparison"):
+                np.savez(self._folder / f"{kind}-0.npz", **arrays)
+            return (1, 1), (rows, rows)
+        for kind, part in (("calibration", slice(0, None, 2)), ("comparison", slice(1, None, 2))):
+            cut = {
+                key: array[part] if array.ndim and array.shape[0] == rows else array for key, array in arrays.items()
+            }
+            np.savez(self._folder / f"{kind}-0.npz", **cut)
+        return (1, 1), (rows - rows // 2, rows // 2)
+
+    def _held_rows(self) -> int:
+        return sum(_rows(feed) for feed, _ in self._held)
+
+    def _write(self, rows: int) -> None:
+        arrays: dict[str, NDArray[Any]] = {}
+        for name in self._held[0][0]:
+            parts = [feed[name] for feed, _ in self._held]
+            shared = not parts[0].ndim or any(
+                part.shape[0] != _rows(feed) for (feed, _), part in _zip(self._held, parts)
+            )
+            arrays[f"input.{name}"] = parts[0] if shared else np.concatenate(parts)
+        targets = [part for _, part in self._held]
+        if all(part is not None for part in targets):
+            arrays["targets"] = np.concatenate([part for part in targets if part is not None])
+        if self._fixed and rows < self._size:
+            places = np.arange(self._size) % rows
+            arrays = {
+                key: array[places] if array.ndim and array.shape[0] == rows else array for key, array in arrays.items()
+            }
+            self.notes.append(f"the last {rows} rows were repeated to fill the file's batch of {self._size}")
+            rows = self._size
+        np.savez(self._folder / f"feed-{len(self._written)}.npz", **arrays)  # type: ignore[arg-type]
+        self._written.append(rows)
+        self._held = []
+
+
+def _zip(
+    held: Sequence[tuple[Feed, Any]], parts: Sequence[NDArray[Any]]
+) -> Iterator[tuple[tuple[Feed, Any], NDArray[Any]]]:
+    return zip(held, parts, strict=True)
+
+
+def _rows(feed: Feed) -> int:
+    return next((int(array.shape[0]) for array in feed.values() if array.ndim), 1)
+
+
+def _batches(data: Any) -> Iterable[Any]:
+    if data is None:
+        raise InputError("there is no data to calibrate on", found="None", hint="data=, an iterable of batches")
+    if isinstance(data, (torch.Tensor, Mapping, Inputs)) or (
+        isinstance(data, tuple) and any(isinstance(part, torch.Tensor) for part in data)
+    ):
+        return [data]
+    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
+        raise InputError("data is an iterable of batches, or one batch", found=type(data).__name__)
+    return data
+
+
+def _targets(batch: Any, inputs: Inputs, rows: int) -> NDArray[np.int64] | None:
+    """The integer class of each row, where a batch holds it beside its inputs."""
+    candidates: list[Any] = []
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        candidates = [batch[-1]]
+    elif isinstance(batch, Mapping):
+        candidates = [batch[key] for key in ("labels", "label", "targets", "target", "y") if key in batch]
+    used = {id(tensor) for tensor in inputs.tensors}
+    for found in candidates:
+        if isinstance(found, torch.Tensor) and id(found) not in used and tuple(found.shape) == (rows,):
+            if not found.is_floating_point() and not found.is_complex() and found.dtype != torch.bool:
+                return np.asarray(found.detach().cpu().numpy(), np.int64)
+    return None

@@ -1,0 +1,220 @@
+"""Static int8: scales fixed from calibration, written as QuantizeLinear and DequantizeLinear pairs (QDQ)."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from torchtrim.errors import ExportError, InputError
+from torchtrim.export.calibration import Statistics
+from torchtrim.export.int8_nodes import BETWEEN, COMPUTE, int8_nodes, tensors_of
+from torchtrim.export.quiet import quiet
+from torchtrim.export.ranges import METHODS
+
+FORMS = ("cpu", "tensorrt")
+_TYPES = ("uint8", "int8")
+
+
+def quantize_static(
+    prepared: Path,
+    destination: Path,
+    statistics: Statistics,
+    *,
+    nodes: Collection[str] | None = None,
+    ops: Collection[str] = COMPUTE,
+    between: Collection[str] = BETWEEN,
+    method: str = "minmax",
+    activations: str = "uint8",
+    weights: str = "int8",
+    per_channel: bool = True,
+    reduce_range: bool = False,
+    form: str = "cpu",
+    external_data: bool = False,
+) -> int:
+    """Write a static int8 copy of a prepared file.
+
+    What a float node gives to float nodes stays float, also where an int8 node reads it too; what a Gemm or a MatMul
+    gives to float nodes only, or as the file's output, is not rounded to 8 bits.
+
+    Args:
+        prepared: A float file that `prepare` wrote.
+        destination: Where the int8 file goes.
+        statistics: The calibration of its tensors (`calibration_tensors`).
+        nodes: Only these nodes, and what lies between them; None: all of `ops` that have constant weights.
+        ops: The operators to quantize.
+        between: The operators that are quantized where they lie between int8 nodes.
+        method: How the ranges are chosen: `minmax`, `entropy`, `percentile`, `mse`.
+        activations: `uint8` (asymmetric) or `int8` (symmetric).
+        weights: `int8` (symmetric) or `uint8` (asymmetric).
+        per_channel: One scale for each output channel of a weight.
+        reduce_range: Weights in 7 bits, where sums of 8-bit products saturate.
+        form: `cpu`, as ONNX Runtime's CPU provider fuses it; `tensorrt`: symmetric int8, float biases, a pair of its own
+            at every input of a node.
+        external_data: Keep the weights beside the file (past 2 GB).
+
+    Returns:
+        How many nodes compute in int8 now: with `int8` kernels, or between int8 values.
+
+    Raises:
+        InputError: An unknown method, form, type or node; a tensor that was not calibrated.
+        ExportError: ONNX Runtime cannot quantize the file.
+    """
+    _check(method, form, activations, weights)
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+    from onnxruntime.quantization.calibrate import TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    tensorrt = form == "tensorrt"
+    if tensorrt:
+        activations, weights, reduce_range = "int8", "int8", False
+    model = onnx.load(prepared)
+    chosen = int8_nodes(model.graph, nodes=nodes, ops=ops, between=between)
+    kinds = {node.op_type for node in model.graph.node if node.name in chosen}
+    ranges = {}
+    for name in tensors_of(model.graph, chosen):
+        low, high = statistics.range(name, method)
+        ranges[name] = (np.array(low, np.float32), np.array(high, np.float32))
+    types = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
+    options: dict[str, Any] = {
+        "ActivationSymmetric": activations == "int8",
+        "WeightSymmetric": weights == "int8",
+        "AddQDQPairToWeight": False,
+        "QuantizeBias": not tensorrt,
+        "DedicatedQDQPair": tensorrt,
+        "ForceQuantizeNoInputCheck": True,
+        "OpTypesToExcludeOutputQuantization": [],
+    }
+    try:
+        with quiet():
+            quantizer = QDQQuantizer(
+                model,
+                per_channel,
+                reduce_range,
+                types[weights],
+                types[activations],
+                TensorsData(CalibrationMethod.MinMax, ranges),
+                sorted(chosen),
+                [],
+                sorted(kinds),
+                options,
+            )
+            quantizer.quantize_model()
+            quantizer.model.topological_sort()
+    except Exception as error:  # its parts raise what they like, and share no base class
+        raise ExportError(
+            f"ONNX Runtime cannot quantize this file: {type(error).__name__}: {error}", path=prepared.name
+        ) from error
+    written = quantizer.model.model
+    drop_needless_pairs(written.graph, chosen)
+    count = sum(node.name in chosen for node in written.graph.node)
+    onnx.save(
+        written,
+        destination,
+        save_as_external_data=external_data,
+        all_tensors_to_one_file=True,
+        location=f"{destination.name}.data" if external_data else None,
+    )
+    return count
+
+
+def calibration_tensors(
+    prepared: Path,
+    *,
+    nodes: Collection[str] | None = None,
+    ops: Collection[str] = COMPUTE,
+    between: Collection[str] = BETWEEN,
+) -> list[str]:
+    """The tensors of a prepared file whose ranges `quantize_static` needs, for the same nodes or fewer.
+
+    Raises:
+        InputError: A name that no node has.
+    """
+    graph = onnx.load(prepared, load_external_data=False).graph
+    return tensors_of(graph, int8_nodes(graph, nodes=nodes, ops=ops, between=between))
+
+
+def drop_needless_pairs(graph: onnx.GraphProto, int8: Collection[str]) -> None:
+    """Give float values to the float nodes that read them, and take out the pairs that nothing reads any more.
+
+    A pair at what a float node gives is for the int8 readers only. A pair at what a Gemm or a MatMul gives is taken
+    out where no int8 node reads it: their kernels can give floats.
+
+    Args:
+        graph: A QDQ graph; changed in place.
+        int8: The names of the nodes that compute in int8.
+    """
+    makers = {name: node for node in graph.node for name in node.output}
+    outputs = {value.name for value in graph.output}
+    pairs: dict[str, tuple[str, str]] = {}  # what a pair gives: what it takes, and the node that made this
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in makers:
+            quantize = makers[node.input[0]]
+            if quantize.op_type == "QuantizeLinear":
+                maker = makers.get(quantize.input[0])
+                pairs[node.output[0]] = (quantize.input[0], maker.name if maker is not None else "")
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    kinds = {node.name: node.op_type for node in graph.node}
+    for given, (taken, maker) in pairs.items():
+        inside = any(reader.name in int8 for reader in readers[given])
+        if maker in int8 and (inside or kinds[maker] not in ("Gemm", "MatMul")):
+            continue
+        for reader in readers[given]:
+            if reader.name not in int8:
+                for place, name in enumerate(reader.input):
+                    if name == given:
+                        reader.input[place] = taken
+        if given in outputs and makers.get(taken) is not None:
+            _give_as(makers[taken], taken, given, readers[taken])
+            next(node for node in graph.node if given in node.output and node.op_type == "DequantizeLinear").output[
+                0
+            ] = f"{given}_unused"
+    _drop_unread(graph, outputs)
+
+
+def _give_as(maker: onnx.NodeProto, old: str, new: str, readers: list[onnx.NodeProto]) -> None:
+    for place, name in enumerate(maker.output):
+        if name == old:
+            maker.output[place] = new
+    for reader in readers:
+        for place, name in enumerate(reader.input):
+            if name == old:
+                reader.input[place] = new
+
+
+def _drop_unread(graph: onnx.GraphProto, outputs: set[str]) -> None:
+    while True:
+        read = Counter(name for node in graph.node for name in node.input)
+        idle = [
+            node
+            for node in graph.node
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+            and not any(read[name] or name in outputs for name in node.output)
+        ]
+        if not idle:
+            break
+        for node in idle:
+            graph.node.remove(node)
+    kept = [tensor for tensor in graph.initializer if read[tensor.name]]
+    if len(kept) < len(graph.initializer):
+        copies = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
+        del graph.initializer[:]
+        graph.initializer.extend(copies)
+
+
+def _check(method: str, form: str, activations: str, weights: str) -> None:
+    for what, found, known in (
+        ("calibration method", method, METHODS),
+        ("form", form, FORMS),
+        ("type of activations", activations, _TYPES),
+        ("type of weights", weights, _TYPES),
+    ):
+        if found not in known:
+            raise InputError(f"there is no such {what}", found=found, expected=", ".join(known))
