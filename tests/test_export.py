@@ -19,8 +19,8 @@ from torch import nn
 from torchtrim.edits.cut import cut
 from torchtrim.errors import ExportError, ExportMismatch, InputError, ModelError
 from torchtrim.export.compare import Tolerance
+from torchtrim.export.kernels import has_kernel, unsupported
 from torchtrim.export.onnx import export_onnx
-from torchtrim.export.targets import cuda_unsupported, has_cuda_kernel
 
 IMAGE = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 
@@ -201,7 +201,7 @@ def test_cuda_file_is_half_and_every_node_has_a_kernel(name: str, tmp_path: Path
     report = export_onnx(model, x, tmp_path / "m.onnx", target="cuda", benchmark=False)
     proto = onnx.load(report.path)
     assert report.size_mb < 0.65 * report.float_mb
-    assert cuda_unsupported(proto) == []
+    assert unsupported(proto, "cuda") == []
     assert proto.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     place = "CUDAExecutionProvider" if torch.cuda.is_available() else "checked on CPUExecutionProvider"
     assert any(place in note for note in report.notes)
@@ -223,11 +223,11 @@ def test_cuda_names_the_nodes_without_a_kernel(tmp_path: Path) -> None:
 
 
 def test_cuda_kernel_table() -> None:
-    assert has_cuda_kernel("Conv", 18, "h")
-    assert has_cuda_kernel("MaxPool", 21, "h")
-    assert not has_cuda_kernel("MaxPool", 22, "h")  # the provider stops at version 12 of it
-    assert not has_cuda_kernel("GridSample", 20, "h")
-    assert not has_cuda_kernel("DynamicQuantizeLinear", 20)
+    assert has_kernel("cuda", "Conv", 18)
+    assert has_kernel("cuda", "MaxPool", 21)
+    assert not has_kernel("cuda", "MaxPool", 22)  # the provider stops at version 12 of it
+    assert not has_kernel("cuda", "GridSample", 20)
+    assert not has_kernel("cuda", "DynamicQuantizeLinear", 20)
 
 
 def test_cuda_refuses_dynamic_and_unknown_targets_list_the_known(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from torchtrim.bench.latency import Benchmark, benchmark
 from torchtrim.bench.machine import machine
-from torchtrim.errors import ExportError, ExportMismatch, InputError, ModelError
+from torchtrim.errors import ExportMismatch, InputError, ModelError
 from torchtrim.export.compare import TOLERANCES, Tolerance
 from torchtrim.export.graph import (
     LARGE,
@@ -30,11 +30,12 @@ from torchtrim.export.graph import (
     write_float,
 )
 from torchtrim.export.inputs import in_order
+from torchtrim.export.kernels import refuse_unsupported
 from torchtrim.export.place import free_place, put_in_place, workshop
 from torchtrim.export.quantize import DYNAMIC_OPS, checked_ops, quantize_dynamic, to_float16
 from torchtrim.export.report import ExportReport
 from torchtrim.export.stand_in import run_once, stand_in
-from torchtrim.export.targets import Target, cuda_unsupported, resolve
+from torchtrim.export.targets import Target, resolve
 from torchtrim.export.verify import Data, Verification, scheme_of, verify_onnx
 from torchtrim.graph.copying import full_copy, is_meta, kept_random_state, structural_copy, unwrap
 from torchtrim.graph.inputs import ExampleInputs, Inputs
@@ -268,14 +269,7 @@ def _single(tensor: torch.Tensor) -> torch.Tensor:
 def _check_kernels(path: Path) -> None:
     import onnx
 
-    missing = cuda_unsupported(onnx.load(path, load_external_data=False))
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ExportError(
-            "ONNX Runtime's CUDA provider has no kernel for some nodes and would hand them back to the CPU",
-            found="; ".join(map(str, missing[:5])) + more,
-            hint='another opset=, a layer without these operators, or target="cpu"',
-        )
+    refuse_unsupported(onnx.load(path, load_external_data=False), "cuda")
 
 
 def _verify(

@@ -8,8 +8,9 @@ from pathlib import Path
 import onnx
 
 from torchtrim.errors import ExportError
+from torchtrim.export.kernels import has_kernel
 from torchtrim.export.quiet import quiet
-from torchtrim.export.targets import has_cuda_kernel
+from torchtrim.export.rewrite import sort_nodes
 
 DYNAMIC_OPS = ("MatMul", "Gemm")
 _QUANTIZABLE = ("MatMul", "Gemm", "Conv", "Attention", "EmbedLayerNormalization", "Gather", "LSTM")
@@ -119,16 +120,19 @@ def count_quantized(path: Path) -> int:
     return sum(node.op_type in _INTEGER_OPS for node in nodes)
 
 
-def to_float16(source: Path, destination: Path, *, half_io: bool = False, external_data: bool = False) -> None:
-    """Write a copy of an ONNX file that computes in float16, as ONNX Runtime's CUDA provider can.
+def to_float16(
+    source: Path, destination: Path, *, half_io: bool = False, external_data: bool = False, target: str = "cuda"
+) -> None:
+    """Write a copy of an ONNX file that computes in float16, as GPUs and OpenVINO can.
 
-    Operators that the provider runs in float32 only stay in float32.
+    Operators that the target runs in float32 only stay in float32.
 
     Args:
         source: The float file.
         destination: Where the float16 file goes.
         half_io: Take and give float16 too; inputs and outputs stay float32 otherwise.
         external_data: Keep the weights beside the file (past 2 GB).
+        target: `cuda`, `tensorrt` or `openvino`. OpenVINO takes every operator in float16.
 
     Raises:
         ExportError: The file cannot be converted.
@@ -138,13 +142,14 @@ def to_float16(source: Path, destination: Path, *, half_io: bool = False, extern
     model = onnx.load(source)
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     used = {node.op_type for node in model.graph.node}
-    kept = sorted(op for op in used if not has_cuda_kernel(op, opset, "h"))
+    kept = [] if target == "openvino" else sorted(op for op in used if not has_kernel(target, op, opset))
     try:
         converted = convert_float_to_float16(
             model, keep_io_types=not half_io, op_block_list=kept, disable_shape_infer=external_data
         )
     except Exception as error:  # as above
         raise ExportError(f"the file cannot be turned into float16: {error}", path=source.name) from error
+    sort_nodes(converted.graph)  # the converter puts its casts at the end
     onnx.save(
         converted,
         destination,
