@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchtrim.errors import ExportMismatch, InputError
+
+DENORMAL = 1e-30  # below it a number counts as zero: some processors flush it, and it is no share of anything
+FEW_ROWS = 50  # below so many rows a share of rows that agree says little: one row is 2 % and more
+_BINS_PER_DECADE = 100  # of the histogram behind the 99th percentile: exact to 2.4 %
 
 
 @dataclass(frozen=True)
@@ -21,16 +26,24 @@ class Tolerance:
         relative: Largest absolute error, as a share of the reference's largest absolute value; None: not asked.
         cosine: Least cosine between output and reference; None: not asked.
         agreement: Least share of equal elements where an output holds integers or truth values.
+        top1: Least share of rows whose largest column agrees, asked of 50 rows and more; None: not asked.
+        max_drop: Largest loss of accuracy where there are labels, of top-1 agreement elsewhere, at any number of rows,
+            in place of `top1`; None: not asked.
     """
 
     relative: float | None = 1e-3
     cosine: float | None = None
     agreement: float = 0.95
+    top1: float | None = None
+    max_drop: float | None = None
 
     def __post_init__(self) -> None:
-        for name, limit in (("relative", self.relative), ("cosine", self.cosine), ("agreement", self.agreement)):
+        for name in ("relative", "cosine", "agreement", "top1", "max_drop"):
+            limit = getattr(self, name)
             if limit is not None and math.isnan(limit):
                 raise InputError(f"the tolerance's {name} is not a number", found=limit)
+        if self.max_drop is not None and not 0 <= self.max_drop <= 1:
+            raise InputError("max_drop is a share of the rows", found=self.max_drop, expected="0 to 1: 0.01 is a point")
 
     @staticmethod
     def of(tolerance: float | Tolerance) -> Tolerance:
@@ -52,11 +65,18 @@ class Tolerance:
         return Tolerance(relative=float(tolerance))
 
 
+# The int8 schemes are held to directions and choices, since a largest error says little of rounded weights.
+_INT8 = Tolerance(relative=None, cosine=0.98, top1=0.85)
 TOLERANCES = {
     "float32": Tolerance(relative=1e-3),
     "float64": Tolerance(relative=1e-3),
     "fp16": Tolerance(relative=2e-2),
-    "dynamic": Tolerance(relative=None, cosine=0.98),
+    "bf16": Tolerance(relative=1e-1),
+    "dynamic": _INT8,
+    "static": _INT8,
+    "weight_only": _INT8,
+    "mixed": _INT8,
+    "auto": _INT8,
 }
 
 
@@ -74,6 +94,12 @@ class OutputError:
         top1: Share of rows whose largest column agrees; None unless the output is `(batch, columns > 1)`.
         agreement: Share of equal elements of an integer or boolean output; None for floats.
         passed: Whether it is within the tolerance.
+        p99_abs: 99 of 100 elements have an absolute error up to this; rounded up, by 2.4 % at most.
+        top5: Share of rows whose largest column is among the file's five largest; None unless there are more than five.
+        labelled: How many rows had a label.
+        reference_accuracy: Share of these that the model gets right; None without labels.
+        accuracy: Share of these that the file gets right; None without labels.
+        missed: What was found, and what is allowed instead, of all that is not within the tolerance.
     """
 
     name: str
@@ -85,6 +111,12 @@ class OutputError:
     top1: float | None
     agreement: float | None
     passed: bool
+    p99_abs: float = 0.0
+    top5: float | None = None
+    labelled: int = 0
+    reference_accuracy: float | None = None
+    accuracy: float | None = None
+    missed: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -101,14 +133,26 @@ class Tally:
     dot: float = 0.0
     squares: list[float] = field(default_factory=lambda: [0.0, 0.0])
     top1: list[int] = field(default_factory=lambda: [0, 0])
+    top5: list[int] = field(default_factory=lambda: [0, 0])
+    right: list[int] = field(default_factory=lambda: [0, 0, 0])
     floating: bool = True
     wrong: str | None = None
+    sizes: dict[int, int] = field(default_factory=dict)
 
-    def add(self, reference: NDArray[Any], found: NDArray[Any], path: Path) -> None:
+    def add(
+        self, reference: NDArray[Any], found: NDArray[Any], path: Path, targets: NDArray[np.int64] | None = None
+    ) -> None:
         """Add one run's output to the tally.
+
+        Args:
+            reference: What the model gave.
+            found: What the file gave.
+            path: The file, for the error.
+            targets: The right column of each row; negative where it is not known. Only for `(batch, columns)`.
 
         Raises:
             ExportMismatch: The two have different shapes.
+            InputError: A target past the last column.
         """
         if reference.shape != found.shape:
             raise ExportMismatch(
@@ -119,7 +163,7 @@ class Tally:
             )
         self.shape = found.shape
         self.floating = bool(np.issubdtype(reference.dtype, np.floating))
-        a, b = reference.astype(np.float64), found.astype(np.float64)
+        a, b = _plain(reference), _plain(found)
         self.wrong = self.wrong or _beyond_comparison(a, b)
         if not a.size:
             return
@@ -129,14 +173,55 @@ class Tally:
             finite = np.isfinite(a) & np.isfinite(b)
             self.largest = max(self.largest, float(np.abs(a[finite]).max(initial=0.0)))
             self.total_abs += float(difference.sum())
+            self._count_sizes(difference)
         self.elements += a.size
         self.equal += int((a == b).sum())
         self.dot += float((a[finite] * b[finite]).sum())
         self.squares[0] += float((a[finite] ** 2).sum())
         self.squares[1] += float((b[finite] ** 2).sum())
         if a.ndim == 2 and a.shape[1] > 1 and self.floating:
-            self.top1[0] += int((a.argmax(1) == b.argmax(1)).sum())
-            self.top1[1] += len(a)
+            self._count_choices(a, b, targets)
+
+    def _count_sizes(self, difference: NDArray[np.float64]) -> None:
+        known = difference[np.isfinite(difference) & (difference > 0)]
+        bins, counts = np.unique(np.ceil(np.log10(known) * _BINS_PER_DECADE).astype(int), return_counts=True)
+        for place, count in zip(bins.tolist(), counts.tolist(), strict=True):
+            self.sizes[place] = self.sizes.get(place, 0) + count
+
+    def _count_choices(self, a: NDArray[np.float64], b: NDArray[np.float64], targets: NDArray[np.int64] | None) -> None:
+        ours, theirs = a.argmax(1), b.argmax(1)
+        self.top1[0] += int((ours == theirs).sum())
+        self.top1[1] += len(a)
+        if a.shape[1] > 5:
+            five = np.argpartition(-b, 5, axis=1)[:, :5]
+            self.top5[0] += int((five == ours[:, None]).any(1).sum())
+            self.top5[1] += len(a)
+        if targets is None:
+            return
+        if targets.max(initial=-1) >= a.shape[1]:
+            raise InputError(
+                "a label past the last class of the output",
+                path=self.name,
+                found=int(targets.max()),
+                expected=f"0 to {a.shape[1] - 1}",
+                hint="the labels that the model was trained with",
+            )
+        known = targets >= 0
+        self.right[0] += int((ours == targets)[known].sum())
+        self.right[1] += int((theirs == targets)[known].sum())
+        self.right[2] += int(known.sum())
+
+    def _percentile(self, share: float) -> float:
+        """What that share of the absolute errors does not pass."""
+        wanted = math.ceil(share * self.elements)
+        reached = self.elements - sum(self.sizes.values())  # the zeros
+        edge = 0.0
+        for place in sorted(self.sizes):
+            if reached >= wanted:
+                break
+            reached += self.sizes[place]
+            edge = min(10.0 ** (place / _BINS_PER_DECADE), self.max_abs)
+        return edge
 
     def result(self, limits: Tolerance) -> OutputError:
         """The errors so far, held against what is allowed."""
@@ -144,15 +229,8 @@ class Tally:
         cosine = self.dot / norm if norm else float(self.squares[0] == self.squares[1])
         relative = self.max_abs / self.largest if self.largest else self.max_abs
         agreement = None if self.floating else self.equal / max(1, self.elements)
-        if self.wrong is not None:
-            passed = False
-        elif agreement is not None:
-            passed = agreement >= limits.agreement
-        else:
-            passed = (limits.relative is None or relative <= limits.relative) and (
-                limits.cosine is None or cosine >= limits.cosine
-            )
-        return OutputError(
+        ours, theirs, labelled = self.right
+        found = OutputError(
             name=self.name,
             shape=tuple(self.shape),
             max_abs=self.max_abs,
@@ -161,8 +239,52 @@ class Tally:
             cosine=cosine,
             top1=self.top1[0] / self.top1[1] if self.top1[1] else None,
             agreement=agreement,
-            passed=passed,
+            passed=True,
+            p99_abs=self._percentile(0.99),
+            top5=self.top5[0] / self.top5[1] if self.top5[1] else None,
+            labelled=labelled,
+            reference_accuracy=ours / labelled if labelled else None,
+            accuracy=theirs / labelled if labelled else None,
         )
+        missed = tuple(_missed(found, self.wrong, self.top1[1], limits))
+        return replace(found, passed=not missed, missed=missed)
+
+
+def _missed(found: OutputError, wrong: str | None, rows: int, limits: Tolerance) -> Iterator[tuple[str, str]]:
+    """What was asked and is not so: what was found, and what is allowed."""
+    if wrong is not None:
+        yield wrong, "finite numbers, or the same infinities"
+        return
+    if found.agreement is not None:
+        if found.agreement < limits.agreement:
+            yield f"{found.agreement:.1%} equal", f"at least {limits.agreement:.1%}"
+        return
+    if limits.relative is not None and found.relative > limits.relative:
+        yield f"relative error {found.relative:.2e}", f"at most {limits.relative:.0e}"
+    if limits.cosine is not None and found.cosine < limits.cosine:
+        yield f"cosine {found.cosine:.4f}", f"at least {limits.cosine}"
+    if limits.max_drop is not None:
+        yield from _dropped(found, limits.max_drop)
+    elif limits.top1 is not None and found.top1 is not None and rows >= FEW_ROWS and found.top1 < limits.top1:
+        yield f"top-1 agreement {found.top1:.1%}", f"at least {limits.top1:.1%}"
+
+
+def _dropped(found: OutputError, most: float) -> Iterator[tuple[str, str]]:
+    slack = 1e-9  # 0.9 - 0.89 is a little more than 0.01
+    if found.accuracy is not None and found.reference_accuracy is not None:
+        if found.reference_accuracy - found.accuracy > most + slack:
+            yield (
+                f"accuracy {found.accuracy:.2%}, and {found.reference_accuracy:.2%} from the model",
+                f"a drop of at most {most:.2%}",
+            )
+    elif found.top1 is not None and 1 - found.top1 > most + slack:
+        yield f"top-1 agreement {found.top1:.2%}", f"at least {1 - most:.2%}"
+
+
+def _plain(array: NDArray[Any]) -> NDArray[np.float64]:
+    """In double precision, with what is next to nothing as zero."""
+    values = array.astype(np.float64)
+    return np.where(np.abs(values) < DENORMAL, 0.0, values)
 
 
 def _beyond_comparison(reference: NDArray[np.float64], found: NDArray[np.float64]) -> str | None:

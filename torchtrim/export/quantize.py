@@ -137,6 +137,7 @@ def to_float16(
     Raises:
         ExportError: The file cannot be converted.
     """
+    from onnxruntime.quantization.onnx_model import ONNXModel
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     model = onnx.load(source)
@@ -147,6 +148,7 @@ def to_float16(
         converted = convert_float_to_float16(
             model, keep_io_types=not half_io, op_block_list=kept, disable_shape_infer=external_data
         )
+        ONNXModel(converted).topological_sort()  # its casts come last, which ONNX does not allow
     except Exception as error:  # as above
         raise ExportError(f"the file cannot be turned into float16: {error}", path=source.name) from error
     sort_nodes(converted.graph)  # the converter puts its casts at the end

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -19,14 +17,19 @@ from torchtrim.bench.session import OnnxSession
 from torchtrim.bench.table import Table
 from torchtrim.errors import ExportMismatch, InputError, ModelError
 from torchtrim.export.compare import TOLERANCES, OutputError, Tally, Tolerance
-from torchtrim.export.inputs import arguments_of, in_order, input_names
 from torchtrim.export.outputs import named_outputs
-from torchtrim.export.rows import with_other_rows
+from torchtrim.export.repeat import differing, module_that_differs
+from torchtrim.export.runs import Data, Run, runs_of
+from torchtrim.export.scheme import scheme_of
 from torchtrim.export.stand_in import run_once, stand_in
+from torchtrim.export.valid import check_file
 from torchtrim.graph.copying import is_meta, kept_random_state, unwrap
-from torchtrim.graph.inputs import ExampleInputs, Inputs
+from torchtrim.graph.inputs import ExampleInputs
 
-Data: TypeAlias = "ExampleInputs | Iterable[Any]"
+if TYPE_CHECKING:
+    from torchtrim.export.layers import LayerComparison
+
+__all__ = ["Data", "Verification", "VerificationFailed", "scheme_of", "verify_onnx"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class Verification:
         rows: How many rows were compared.
         tolerance: What was asked.
         outputs: The errors, one entry an output.
+        scheme: What the file computes in: `float32`, `static`, ...; see `scheme_of`.
+        shapes: The shapes of the first input that it ran at.
+        notes: What else there is to know: a file that gives other values each time, sizes that were left out.
     """
 
     path: Path
@@ -48,6 +54,9 @@ class Verification:
     rows: int
     tolerance: Tolerance
     outputs: tuple[OutputError, ...]
+    scheme: str = "float32"
+    shapes: tuple[tuple[int, ...], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -70,35 +79,71 @@ class Verification:
         known = [output.top1 for output in self.outputs if output.top1 is not None]
         return min(known) if known else None
 
+    @property
+    def top5(self) -> float | None:
+        """The least top-5 agreement of the outputs that have one."""
+        known = [output.top5 for output in self.outputs if output.top5 is not None]
+        return min(known) if known else None
+
+    @property
+    def labelled(self) -> int:
+        """How many rows had a label."""
+        return max(output.labelled for output in self.outputs)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of the labelled rows that the file gets right; None without labels."""
+        return next((output.accuracy for output in self.outputs if output.labelled), None)
+
+    @property
+    def reference_accuracy(self) -> float | None:
+        """The share of the labelled rows that the model gets right; None without labels."""
+        return next((output.reference_accuracy for output in self.outputs if output.labelled), None)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         outputs = [{**asdict(output), "shape": list(output.shape)} for output in self.outputs]
         listed = {"path": str(self.path), "batches": list(self.batches), "outputs": outputs, "passed": self.passed}
+        listed |= {"shapes": [list(shape) for shape in self.shapes], "notes": list(self.notes)}
+        listed |= {"accuracy": self.accuracy, "reference_accuracy": self.reference_accuracy, "labelled": self.labelled}
         return {**asdict(self), **listed}
 
     def table(self) -> Table:
         """The errors as a table."""
-        columns = ("output", "shape", "max error", "mean error", "relative", "cosine", "top-1", "within tolerance")
+        columns = (
+            "output",
+            "shape",
+            "max error",
+            "99 %",
+            "mean error",
+            "relative",
+            "cosine",
+            "top-1",
+            "top-5",
+            "within",
+        )
         rows = tuple(
             (
                 output.name,
                 str(list(output.shape)),
                 f"{output.max_abs:.2e}",
+                f"{output.p99_abs:.2e}",
                 f"{output.mean_abs:.2e}",
                 f"{output.relative:.2e}",
                 f"{output.cosine:.5f}",
                 "-" if output.top1 is None else f"{output.top1:.1%}",
+                "-" if output.top5 is None else f"{output.top5:.1%}",
                 "yes" if output.passed else "NO",
             )
             for output in self.outputs
         )
-        batches = ", ".join(map(str, self.batches))
-        return Table(
-            f"{self.path.name} against PyTorch",
-            columns,
-            rows,
-            [f"{self.provider}; {self.rows} rows; batches {batches}"],
-        )
+        notes = [f"{self.provider}; {self.scheme}; {self.rows} rows; batches {', '.join(map(str, self.batches))}"]
+        if self.accuracy is not None and self.reference_accuracy is not None:
+            notes.append(
+                f"accuracy on {self.labelled} labelled rows: {self.accuracy:.2%}, and {self.reference_accuracy:.2%} "
+                "from the model"
+            )
+        return Table(f"{self.path.name} against PyTorch", columns, rows, [*notes, *self.notes])
 
     def __str__(self) -> str:
         return self.table().text()
@@ -108,9 +153,15 @@ class Verification:
 
 
 class VerificationFailed(ExportMismatch):
-    """The `ExportMismatch` that `verify_onnx` raises; `verification` holds what was measured."""
+    """The `ExportMismatch` that `verify_onnx` raises.
+
+    Attributes:
+        verification: What was measured.
+        layers: Where it goes wrong, if a `reference` was given.
+    """
 
     verification: Verification
+    layers: LayerComparison | None = None
 
 
 def verify_onnx(
@@ -122,50 +173,84 @@ def verify_onnx(
     example_inputs: ExampleInputs | None = None,
     providers: Sequence[str] | None = None,
     max_batches: int | None = None,
+    max_drop: float | None = None,
+    reference: str | os.PathLike[str] | None = None,
 ) -> Verification:
-    """Run an ONNX file and the PyTorch model on the same inputs, at batch 1 and another, and compare the outputs.
+    """Run an ONNX file and the PyTorch model on the same inputs, and compare the outputs.
 
-    The model runs in eval mode and is left as it was. Where the example holds one row, the other batch is made of rows
-    that are like it and differ. A NaN on either side, or an infinity on one side only, is past every tolerance.
+    The file is first held against ONNX's own rules. Every batch of the data is compared, the first one also at batch
+    1, at another batch size, and, where the file leaves height, width or a length open, at other sizes that the model
+    takes; a file of one batch size gets the rows in portions. Rows that are made up for this are like those of the
+    example, and differ from them. The model runs in eval mode and is left as it was.
+
+    A NaN on either side, or an infinity on one side only, is past every tolerance; numbers below 1e-30 count as zero.
+    The file and the model run twice on the first batch: of a file that gives other values each time, the farther ones
+    count, and that is said; a model that does so cannot be compared with.
 
     Args:
         path: The ONNX file.
         model: The model it was exported from.
         data: Batches (tensors, `(inputs, targets)` pairs or dicts), or one example: a tensor, or a tuple or dict of the
-            forward's arguments.
+            forward's arguments. Targets that are whole numbers, one a row, are the labels of the first output of shape
+            `(batch, classes)`: with them the accuracy of the model and of the file is told. Negative ones do not count.
         tolerance: The largest error allowed, relative to the reference's largest absolute value; or a `Tolerance`.
-            By default what suits the file: 1e-3 for float32 and float64, 2e-2 for fp16, a cosine of 0.98 for dynamic
-            int8.
+            By default what suits the file, see `TOLERANCES`: 1e-3 for float32 and float64, 2e-2 for fp16, 1e-1 for
+            bf16; for int8 a cosine of 0.98 and, on 50 rows or more, a top-1 agreement of 85 %.
         example_inputs: The same as one example in `data`; what the model's history recorded where both are left out.
         providers: ONNX Runtime's execution providers; the CPU's by default.
         max_batches: Stop after this many batches of `data`.
+        max_drop: The largest loss of accuracy, 0.01 for one point; of top-1 agreement where there are no labels. In
+            place of the tolerance's own top-1 agreement.
+        reference: The same model's float ONNX file. Where the comparison fails, the two files are compared node by
+            node, and the error names the first one that goes wrong (`error.layers`).
 
     Raises:
         ExportMismatch: An output is past the tolerance, or holds NaN; `error.verification` says how far it is.
-        ExportError: No such file, or one that ONNX Runtime cannot run.
-        InputError: No inputs, inputs without a row, or inputs that the file or the model does not take.
-        ModelError: The model has no weights to compare with.
+        ExportError: No such file, a file that was cut short or altered, or one that ONNX Runtime cannot run.
+        InputError: No inputs, inputs without a row, or inputs that the file or the model does not take; labels past the
+            last class; `max_drop` where no output has classes.
+        ModelError: The model has no weights to compare with, or gives other values on the same inputs.
     """
     wanted = None if tolerance is None else Tolerance.of(tolerance)
     if max_batches is not None and max_batches < 1:
         raise InputError("max_batches must be positive", found=max_batches)
     inner = unwrap(model)
+    if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
+        OnnxSession(path)  # which says so
+    graph = check_file(path)
     session = OnnxSession(path, providers=providers)
     if is_meta(inner):
         raise ModelError("the model has no weights to compare with", found="the meta device", hint="load weights first")
-    limits = wanted or TOLERANCES[scheme_of(session.path)]
-    reference: nn.Module | None = None
+    scheme = scheme_of(session.path)
+    limits = wanted or TOLERANCES[scheme]
+    if max_drop is not None:
+        limits = replace(limits, max_drop=max_drop)
+    beside: nn.Module | None = None
     tallies: dict[str, Tally] = {name: Tally(name) for name in session.output_names}
     sizes: list[int] = []
+    shapes: dict[tuple[int, ...], None] = {}
+    notes: list[str] = []
+    first: Run | None = None
     with kept_random_state():
-        for number, inputs in enumerate(islice(_batches(data, example_inputs, inner, session), max_batches)):
-            for batch in _runs(inputs, session, first=number == 0):
-                feed = _feed(session, inner, batch)
-                reference = reference or stand_in(inner, batch)
-                _compare(reference, session, batch, feed, tallies)
-                sizes.append(batch.batch)
-    if not sum(sizes):
+        for run in runs_of(data, example_inputs, inner, session, graph, max_batches):
+            beside = beside or stand_in(inner, run.inputs)
+            if run.resized and not _takes(beside, run):
+                notes.append(f"the model does not take {run.inputs.describe()}, so the file was not run on it")
+                continue
+            notes += _compare(beside, session, run, tallies, twice=first is None)
+            first = first or run
+            sizes.append(run.inputs.batch)
+            shapes[tuple(run.inputs.tensors[0].shape)] = None
+    if first is None or not sum(sizes):
         raise InputError("there is no data to compare on", found="batches without rows" if sizes else "no batches")
+    if limits.max_drop is not None and not any(tally.top1[1] for tally in tallies.values()):
+        raise InputError(
+            "max_drop is about classes, and no output has them",
+            path=path,
+            found={name: list(tally.shape) for name, tally in tallies.items()},
+            expected="an output of shape (batch, classes)",
+            hint="tolerance= alone",
+        )
     verification = Verification(
         path=Path(path),
         provider=session.provider,
@@ -173,75 +258,29 @@ def verify_onnx(
         rows=sum(sizes),
         tolerance=limits,
         outputs=tuple(tally.result(limits) for tally in tallies.values()),
+        scheme=scheme,
+        shapes=tuple(shapes),
+        notes=tuple(notes),
     )
     if not verification.passed:
-        raise _failure(verification, tallies)
+        raise _failure(verification, tallies, reference, first)
     return verification
 
 
-def scheme_of(path: str | os.PathLike[str]) -> str:
-    """What a file computes in: `float32`, `float64`, `fp16` or `dynamic` (int8), told from its nodes and weights."""
-    graph = onnx.load(os.fspath(path), load_external_data=False).graph
-    if any(node.op_type.startswith(("DynamicQuantize", "MatMulInteger", "ConvInteger")) for node in graph.node):
-        return "dynamic"
-    types = {tensor.data_type for tensor in graph.initializer}
-    types |= {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
-    if types & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}:
-        return "fp16"
-    return "float64" if onnx.TensorProto.DOUBLE in types and onnx.TensorProto.FLOAT not in types else "float32"
-
-
-def _batches(
-    data: Data | None, example_inputs: ExampleInputs | None, model: nn.Module, session: OnnxSession
-) -> Iterator[Inputs]:
-    if data is None:
-        found = Inputs.of(example_inputs) if example_inputs is not None else _recorded(model)
-        return iter((found,))
-    if isinstance(data, (torch.Tensor, Mapping, tuple, Inputs)):
-        return iter((arguments_of(data, model, session.input_names),))
-    if not isinstance(data, Iterable):
-        raise InputError("data is an iterable of batches, or one example", found=type(data).__name__)
-    return (arguments_of(batch, model, session.input_names) for batch in data)
-
-
-def _recorded(model: nn.Module) -> Inputs:
-    from torchtrim.edits.history import recorded_inputs
-
-    found = recorded_inputs(model)
-    if found is None:
-        raise InputError("the file is compared on inputs, and there are none", hint="pass data or example_inputs")
-    return found
-
-
-def _runs(inputs: Inputs, session: OnnxSession, *, first: bool) -> Iterator[Inputs]:
-    """The runs of one batch: as it is, and for the first one at batch 1 and another size."""
-    fixed = session.fixed_batch
-    if fixed is not None:
-        yield inputs.with_batch(fixed)
-        return
-    yield inputs
-    if first:
-        yield with_other_rows(inputs, 3) if inputs.batch == 1 else inputs.with_batch(1)
-
-
-def _feed(session: OnnxSession, model: nn.Module, inputs: Inputs) -> dict[str, NDArray[Any]]:
-    """The file's inputs: by the names that an export gives them, or in the order of the forward's parameters."""
-    if len(inputs.tensors) != len(session.input_names):
-        return session.feed(inputs, cast=True)  # which says what is wrong
-    inputs = in_order(inputs, model)
-    named = dict(zip(input_names(model, inputs), inputs.tensors, strict=True))
-    return session.feed(Inputs((), named), cast=True)
+def _takes(model: nn.Module, run: Run) -> bool:
+    try:
+        run_once(model, run.inputs)
+    except InputError:
+        return False
+    return True
 
 
 def _compare(
-    model: nn.Module,
-    session: OnnxSession,
-    inputs: Inputs,
-    feed: dict[str, NDArray[Any]],
-    tallies: Mapping[str, Tally],
-) -> None:
-    expected = named_outputs(run_once(model, inputs))
-    found = session.run(feed)
+    model: nn.Module, session: OnnxSession, run: Run, tallies: Mapping[str, Tally], *, twice: bool
+) -> list[str]:
+    """Add a run to the tallies; twice over, it says what differs from one time to the next."""
+    expected = named_outputs(run_once(model, run.inputs))
+    found = session.run(run.feed)
     if len(expected) != len(found):
         raise ExportMismatch(
             "the file and the model have another number of outputs",
@@ -249,8 +288,41 @@ def _compare(
             found=session.output_names,
             expected=list(expected),
         )
-    for tally, reference, value in zip(tallies.values(), expected.values(), found, strict=True):
-        tally.add(_numpy(reference), value, session.path)
+    references = {name: _numpy(tensor) for name, tensor in zip(tallies, expected.values(), strict=True)}
+    values = dict(zip(tallies, found, strict=True))
+    notes = []
+    if twice and run.inputs.batch:
+        again = dict(zip(tallies, map(_numpy, named_outputs(run_once(model, run.inputs)).values()), strict=True))
+        for name in differing(references, again):
+            raise ModelError(
+                "the model gives other values on the same inputs in eval mode, so no file can be compared with it",
+                path=module_that_differs(model, run.inputs),
+                found=f"{name!r} differs by {_by(references[name], again[name])}",
+                hint="make it repeatable: no dropout or noise that stays on in eval mode",
+            )
+        repeated = dict(zip(tallies, session.run(run.feed), strict=True))
+        for name in differing(values, repeated):
+            notes.append(
+                f"the file gives other values each time: {name!r} differs by {_by(values[name], repeated[name])}; "
+                "the farther ones were compared"
+            )
+            if _distance(references[name], repeated[name]) > _distance(references[name], values[name]):
+                values[name] = repeated[name]
+    # Labels belong to one output: the first that has a column for each class.
+    classes = next((name for name, value in references.items() if value.ndim == 2 and value.shape[1] > 1), None)
+    for name, tally in tallies.items():
+        tally.add(references[name], values[name], session.path, run.targets if name == classes else None)
+    return notes
+
+
+def _distance(one: NDArray[Any], other: NDArray[Any]) -> float:
+    if one.shape != other.shape or not one.size:
+        return 0.0
+    return float(np.abs(one.astype(np.float64) - other.astype(np.float64)).max())
+
+
+def _by(one: NDArray[Any], other: NDArray[Any]) -> str:
+    return f"up to {_distance(one, other):.2e}" if one.shape == other.shape else "its shape"
 
 
 def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
@@ -258,30 +330,32 @@ def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
     return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
 
 
-def _failure(verification: Verification, tallies: Mapping[str, Tally]) -> VerificationFailed:
+def _failure(
+    verification: Verification,
+    tallies: Mapping[str, Tally],
+    reference: str | os.PathLike[str] | None,
+    run: Run,
+) -> VerificationFailed:
     worst = next(output for output in verification.outputs if not output.passed)
-    limits = verification.tolerance
-    wrong = tallies[worst.name].wrong
-    if wrong is not None:
-        error = VerificationFailed(
-            f"the output {worst.name!r} is no number that can be compared",
-            path=verification.path,
-            found=wrong,
-            expected="finite numbers, or the same infinities",
-        )
-    else:
-        if worst.agreement is not None:
-            found, expected = f"{worst.agreement:.1%} equal", f"at least {limits.agreement:.1%}"
-        elif limits.relative is not None and worst.relative > limits.relative:
-            found, expected = f"relative error {worst.relative:.2e}", f"at most {limits.relative:.0e}"
-        else:
-            found, expected = f"cosine {worst.cosine:.4f}", f"at least {limits.cosine}"
-        error = VerificationFailed(
-            f"the output {worst.name!r} is too far from the PyTorch model's",
-            path=verification.path,
-            found=found,
-            expected=expected,
-            hint="a wider tolerance=, if that error is acceptable",
-        )
-    error.verification = verification
+    found, expected = worst.missed[0]
+    message, hint = f"the output {worst.name!r} is too far from the PyTorch model's", _hint(verification.tolerance)
+    if tallies[worst.name].wrong is not None:
+        message, hint = f"the output {worst.name!r} is no number that can be compared", None
+    layers = None
+    if reference is not None:
+        from torchtrim.export.layers import compare_layers
+
+        layers = compare_layers(reference, verification.path, run.feed)
+        wrong = layers.first or layers.worst
+        if wrong is not None:
+            message += f"; it goes wrong at the node {wrong.node!r} ({wrong.op})"
+    found += "".join(f"; {note}" for note in verification.notes if note.startswith("the file gives"))
+    error = VerificationFailed(message, path=verification.path, found=found, expected=expected, hint=hint)
+    error.verification, error.layers = verification, layers
     return error
+
+
+def _hint(limits: Tolerance) -> str:
+    if limits.max_drop is not None:
+        return "a larger max_drop=, if that loss is acceptable; or another scheme"
+    return "a wider tolerance=, if that error is acceptable"
