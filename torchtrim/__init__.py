@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchtrim.bench.latency import Benchmark, benchmark
+    from torchtrim.bench.latency import Benchmark, OnnxFile, benchmark
     from torchtrim.bench.size import SizeReport
     from torchtrim.checkpoint.load import load
     from torchtrim.checkpoint.save import save
@@ -83,7 +83,7 @@ if TYPE_CHECKING:
     from torchtrim.train.weight_clustering import ClusterReport, WeightClustering
 
 _HOME = {
-    "bench.latency": ("Benchmark", "benchmark"),
+    "bench.latency": ("Benchmark", "OnnxFile", "benchmark"),
     "bench.size": ("SizeReport",),
     "checkpoint.load": ("load",),
     "checkpoint.save": ("save",),
@@ -202,6 +202,7 @@ __all__ = [
     "Node",
     "Old",
     "OneShotSparsity",
+    "OnnxFile",
     "PathError",
     "Plan",
     "PolynomialDecay",

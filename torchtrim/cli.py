@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from torchtrim import cli_edits, cli_prune, cli_recipes, cli_sparsify
+from torchtrim import cli_bench, cli_edits, cli_prune, cli_recipes, cli_sparsify
 from torchtrim.cli_options import (
     EXIT_CODES,
     Debug,
@@ -32,7 +32,6 @@ from torchtrim.cli_options import (
     load,
     load_named,
     show,
-    tensors,
     write,
 )
 from torchtrim.errors import ExportMismatch, InputError, TorchTrimError
@@ -193,39 +192,6 @@ def verify(
 
 
 @app.command(epilog=EXIT_CODES)
-def bench(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models, or .onnx files.")],
-    input: InputShapes = None,
-    batch: Annotated[int | None, typer.Option(help="Rows in a batch.", min=1)] = None,
-    threads: Annotated[int | None, typer.Option(help="Processor threads to time with.", min=1)] = None,
-    seconds: Annotated[float, typer.Option(help="About how long to time each.", min=0.01)] = 1.0,
-    compile: Annotated[bool, typer.Option("--compile", help="Time torch.compile of each model too.")] = False,
-    pretrained: Pretrained = False,
-    seed: Seed = 0,
-    trust: Trust = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time models and ONNX files side by side on this machine, all with the same input.
-
-    Example: torchtrim bench timm:resnet18 resnet18.onnx --threads 1
-    """
-    import torchtrim as tt
-    from torchtrim.graph.inputs import Inputs
-
-    candidates: dict[str, Any] = {}
-    x = Inputs(tensors(input, seed)) if input else None
-    for name in models:
-        if name.endswith(".onnx"):
-            candidates[name] = Path(name)
-            continue
-        named = load_named(name, pretrained, None, seed, trust)
-        candidates[name] = named.model
-        x = x or example(named, None, seed)
-    show(tt.benchmark(candidates, x, batch=batch, threads=threads, seconds=seconds, compile=compile), json)
-
-
-@app.command(epilog=EXIT_CODES)
 def size(
     models: Annotated[
         list[str],
@@ -255,6 +221,7 @@ def size(
     show(report, json)
 
 
+cli_bench.add_commands(app)
 cli_edits.add_commands(app)
 cli_prune.add_commands(app)
 cli_sparsify.add_commands(app)

@@ -15,7 +15,11 @@ _INSTRUCTIONS = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
     "asimd", "asimddp", "i8mm", "sve",
 )  # fmt: skip
-_PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript", "timm", "torchvision", "numpy")
+_PACKAGES = (
+    "torch", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf", "torchao", "onnx", "onnxscript", "timm",
+    "torchvision", "numpy",
+)  # fmt: skip
+_CPU = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Machine:
         instructions: The instruction sets that matter for inference, of those it has.
         memory_gb: Main memory in GB, 0.0 where it cannot be told.
         gpu: The first GPU's name, or None.
+        governor: How the system chooses the clock (`performance`, `powersave`), or None where it cannot be told.
+        turbo: Whether the clock may go above its nominal rate while the processor is cool; None: cannot be told.
         system: The operating system and its architecture.
         python: The Python version.
         versions: The versions of the packages that were measured with.
@@ -38,6 +44,8 @@ class Machine:
     instructions: tuple[str, ...]
     memory_gb: float
     gpu: str | None
+    governor: str | None
+    turbo: bool | None
     system: str
     python: str
     versions: dict[str, str]
@@ -48,10 +56,13 @@ class Machine:
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        clock = [f"governor {self.governor}"] if self.governor else []
+        clock += [] if self.turbo is None else [f"turbo {'on' if self.turbo else 'off'}"]
         lines = [
             f"{self.processor}, {self.cores} core{'s' * (self.cores != 1)}, {self.memory_gb:.0f} GB"
             + (f", {self.gpu}" if self.gpu else ""),
             f"instructions: {', '.join(self.instructions) or 'unknown'}",
+            *([f"clock: {', '.join(clock)}"] if clock else []),
             f"{self.system}, Python {self.python}",
             versions,
         ]
@@ -73,6 +84,8 @@ def machine() -> Machine:
         instructions=tuple(name for name in _INSTRUCTIONS if name in flags),
         memory_gb=_memory_gb(),
         gpu=_gpu(),
+        governor=_line_of(_CPU / "cpu0" / "cpufreq" / "scaling_governor"),
+        turbo=_turbo(_CPU),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         versions=_versions(),
@@ -107,6 +120,22 @@ def _memory_gb() -> float:
     if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
         return 0.0
     return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+
+
+def _line_of(file: Path) -> str | None:
+    """What a file of the system says; None where there is no such file, or it may not be read."""
+    try:
+        return file.read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def _turbo(cpu: Path) -> bool | None:
+    """Intel's driver says whether turbo is off, the others whether it is on."""
+    off, on = _line_of(cpu / "intel_pstate" / "no_turbo"), _line_of(cpu / "cpufreq" / "boost")
+    if off is not None:
+        return off == "0"
+    return None if on is None else on == "1"
 
 
 def _gpu() -> str | None:
