@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import onnx
@@ -26,9 +26,10 @@ _INTEGER_OPS = (
 
 
 def quantize_dynamic(
-    source: Path,
+    prepared: Path,
     destination: Path,
     *,
+    nodes: Collection[str] | None = None,
     ops: Sequence[str] = DYNAMIC_OPS,
     per_channel: bool = True,
     reduce_range: bool = False,
@@ -36,43 +37,36 @@ def quantize_dynamic(
 ) -> int:
     """Write a copy of an ONNX file with int8 weights, whose activations are quantized to uint8 while it runs.
 
-    ONNX Runtime's pre-processing (constant folding, fusions, shapes) is done first. Products of two activations, as
-    in attention, stay in float.
+    Products of two activations, as in attention, stay in float.
 
     Args:
-        source: The float file.
+        prepared: A float file that `prepare` wrote, or one in which other nodes are static int8 already.
         destination: Where the int8 file goes.
+        nodes: Only the nodes of these names; None: all of `ops`.
         ops: The operators whose weights are quantized. Convolutions are slower in dynamic int8 than in float.
         per_channel: One scale for each output channel instead of one for each weight.
         reduce_range: Weights in 7 bits, for x86 processors without VNNI, whose 8-bit sums can overflow.
         external_data: Keep the weights beside the file (past 2 GB).
 
     Returns:
-        How many nodes compute in int8 now.
+        How many nodes compute in int8 while it runs now.
 
     Raises:
         ExportError: An operator that has no dynamic int8 form, or a file that ONNX Runtime cannot quantize.
     """
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization import quantize_dynamic as ort_quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     ops = checked_ops(ops)
-    prepared = destination.with_name(f"{destination.stem}.prepared.onnx")
+    if nodes is not None and not nodes:  # to ONNX Runtime an empty list means every node
+        raise ExportError("no nodes to quantize", path=prepared.name, expected="at least one")
     try:
         with quiet():
-            # The exporter has written every shape already; ONNX Runtime's symbolic pass can only fail on them.
-            quant_pre_process(
-                source,
-                prepared,
-                skip_symbolic_shape=True,
-                save_as_external_data=external_data,
-                all_tensors_to_one_file=external_data,
-            )
             ort_quantize_dynamic(
                 prepared,
                 destination,
                 op_types_to_quantize=list(ops),
+                nodes_to_quantize=None if nodes is None else sorted(nodes),
                 per_channel=per_channel,
                 reduce_range=reduce_range,
                 weight_type=QuantType.QInt8,
@@ -82,12 +76,9 @@ def quantize_dynamic(
     except Exception as error:  # its parts raise what they like, and share no base class
         raise ExportError(
             f"ONNX Runtime cannot quantize this model: {type(error).__name__}: {error}",
-            path=source.name,
+            path=prepared.name,
             hint="quantize=None, or fewer dynamic_ops",
         ) from error
-    finally:
-        for leftover in destination.parent.glob(f"{prepared.name}*"):
-            leftover.unlink()
     return count_quantized(destination)
 
 

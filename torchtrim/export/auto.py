@@ -1,0 +1,224 @@
+"""`quantize="auto"`: try what makes sense for the model and the target, measure each, keep the fastest that is right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchtrim.bench.latency import benchmark
+from torchtrim.bench.timing import Timing
+from torchtrim.errors import ExportError, InputError
+from torchtrim.export.calibration_data import Feed
+from torchtrim.export.graph import size_mb
+from torchtrim.export.judge import Agreement, Judge
+from torchtrim.export.mixed import inputs_of, mix
+from torchtrim.export.selection import Selection, Tried
+from torchtrim.export.workbench import Built, Workbench
+
+_CLEARLY = 1.02  # a candidate whose whole interval is above this has lost before it is compared
+_HOPELESS = 0.9  # of the cosine: no other choice of ranges mends this
+
+
+@dataclass
+class _Candidate:
+    """One candidate while it is judged."""
+
+    name: str
+    scheme: str
+    built: Built | None = None
+    timing: Timing | None = None
+    agreement: Agreement | None = None
+    seconds: float = 0.0
+    why: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        return self.timing.ratio if self.timing is not None else 1.0
+
+    def tried(self) -> Tried:
+        timing = self.timing
+        return Tried(
+            name=self.name,
+            scheme=self.scheme,
+            size_mb=None if self.built is None else size_mb(self.built.path),
+            ratio=None if timing is None else timing.ratio,
+            ratio_low=None if timing is None else timing.ratio_low,
+            ratio_high=None if timing is None else timing.ratio_high,
+            agreement=self.agreement,
+            seconds=self.seconds,
+            why=self.why,
+        )
+
+
+def choose(
+    bench: Workbench,
+    judge: Judge,
+    feed: Feed,
+    *,
+    provider: str,
+    timed: bool = True,
+    threads: int | None = None,
+    seconds: float = 0.4,
+    say: Callable[[str], object] = lambda step: None,
+) -> tuple[Built, Selection]:
+    """Make the candidates, measure them side by side, and keep the fastest that is near enough to the float file.
+
+    Each is timed in alternating rounds with the float file, and lost where it is slower. Those left are compared, the
+    fastest first. A static file that is too far gets other ranges, equalised weights and corrected biases. The float
+    file stays where nothing is faster beyond the noise.
+
+    Args:
+        bench: The float file, and what is made from it.
+        judge: Says how far a file is from it.
+        feed: One row to time on.
+        provider: What to time on.
+        timed: Whether it can be timed here; else what is known to suit the target is kept, and nothing is measured.
+        threads: Threads to time with.
+        seconds: How long to time each file, about.
+        say: Called with what is being done.
+
+    Returns:
+        The file kept, and the whole list.
+    """
+    began = time.perf_counter()
+    plain = _Candidate("float", "float32", Built("float", "float32", bench.plain, 0), agreement=judge.of(bench.plain))
+    candidates = [plain]
+    notes: list[str] = []
+    for name, scheme, make in _makers(bench, judge, feed, threads, notes):
+        say(f"trying {name}")
+        candidate = _Candidate(name, scheme)
+        start = time.perf_counter()
+        try:
+            candidate.built = make()
+        except (ExportError, InputError) as error:
+            candidate.why = f"cannot be made: {error.message}"
+        else:
+            if candidate.built.nodes == 0 and scheme not in ("fp16", "bf16"):
+                candidate.built, candidate.why = None, "has nothing to quantize"
+        candidate.seconds = time.perf_counter() - start
+        candidates.append(candidate)
+    made = [candidate for candidate in candidates if candidate.built is not None]
+    say("timing")
+    if timed:
+        _time(made, feed, provider, threads, seconds)
+    for candidate in sorted(made[1:], key=lambda one: one.ratio):
+        start = time.perf_counter()
+        if candidate.timing is not None and candidate.timing.ratio_low > _CLEARLY:
+            candidate.why = "slower than float"
+            continue
+        say(f"comparing {candidate.name}")
+        _judge(candidate, bench, judge)
+        candidate.seconds += time.perf_counter() - start
+    kept = _keep(plain, [one for one in made[1:] if not one.why], feed, provider, timed, threads, seconds)
+    if kept.built is None:
+        raise ExportError("no candidate is left", path=bench.plain.name)
+    selection = Selection(
+        tried=tuple(candidate.tried() for candidate in candidates),
+        rows=judge.rows,
+        max_drop=judge.max_drop,
+        seconds=time.perf_counter() - began,
+        notes=(*notes, *kept.notes),
+    )
+    return kept.built, selection
+
+
+_Maker = tuple[str, str, Callable[[], Built]]
+
+
+def _makers(bench: Workbench, judge: Judge, feed: Feed, threads: int | None, notes: list[str]) -> Iterator[_Maker]:
+    """What makes sense for a target, with what makes it."""
+    target = bench.target
+    if "fp16" in target.schemes:
+        yield "fp16", "fp16", bench.half
+    if "dynamic" in target.schemes:
+        yield "dynamic", "dynamic", bench.dynamic
+    if bench.data is not None:
+        yield "static", "static", bench.static
+    else:
+        notes.append("without data nothing can be calibrated, so static and mixed int8 were not tried")
+    if "mixed" in target.schemes and bench.data is not None:
+
+        def mixed() -> Built:
+            mixture = mix(bench, judge, feed, threads=threads)
+            notes.extend(mixture.notes)
+            return mixture.built
+
+        yield "mixed", "mixed", mixed
+    if "weight_only" in target.schemes:
+        yield "weight_only", "weight_only", bench.weight_only
+
+
+def _time(made: list[_Candidate], feed: Feed, provider: str, threads: int | None, seconds: float) -> None:
+    files: dict[str, Path] = {one.name: one.built.path for one in made if one.built is not None}
+    found = benchmark(files, inputs_of(feed), threads=threads, seconds=seconds, providers=[provider])
+    for candidate in made:
+        candidate.timing = found[candidate.name]
+
+
+def _judge(candidate: _Candidate, bench: Workbench, judge: Judge) -> None:
+    """Compare a candidate, and mend it where that can be done."""
+    if candidate.built is None:
+        return
+    candidate.agreement = judge.of(candidate.built.path)
+    reason = judge.against(candidate.agreement)
+    if reason is not None and candidate.scheme == "static" and candidate.agreement.cosine >= _HOPELESS:
+        for how, built in _mended(bench):
+            found = judge.of(built.path)
+            if found.wrong is None and found.cosine > candidate.agreement.cosine:
+                candidate.built, candidate.agreement = built, found
+                candidate.notes = [f"static: {how}"]
+            if judge.against(found) is None:
+                candidate.built, candidate.agreement, reason = built, found, None
+                candidate.notes = [f"static: {how}"]
+                break
+    if reason is not None:
+        candidate.why = reason
+
+
+def _mended(bench: Workbench) -> Iterator[tuple[str, Built]]:
+    """Static files that may be nearer: other ranges, equal ranges in channels, corrected biases."""
+    for method in ("percentile", "mse", "entropy"):
+        if method != bench.options.method:
+            yield f"ranges by {method}", bench.static(method=method, name=f"static, {method}")
+    smoothed, norms = bench.smoothed()
+    equal, pairs = bench.equalised()
+    for count, path, what in ((norms, smoothed, "layer norms smoothed"), (pairs, equal, "convolutions equalised")):
+        if count:
+            yield what, bench.static(prepared=path, statistics=bench.calibrated(path), name=f"static, {what}")
+    corrected, _ = bench.corrected(bench.static(method="percentile", name="static, percentile"))
+    yield "ranges by percentile, biases corrected", corrected
+
+
+def _keep(
+    plain: _Candidate,
+    left: list[_Candidate],
+    feed: Feed,
+    provider: str,
+    timed: bool,
+    threads: int | None,
+    seconds: float,
+) -> _Candidate:
+    """The fastest of those that are near enough; each other one is told why it lost."""
+    if not timed:
+        kept = left[0] if left else plain
+        for other in (plain, *left):
+            other.why = "kept; not timed" if other is kept else f"{kept.name} suits the target; not timed"
+        return kept
+    if left:
+        _time([plain, *left], feed, provider, threads, 2 * seconds)
+    best = min(left, key=lambda one: one.ratio, default=None)
+    faster = best is not None and best.timing is not None and best.timing.ratio_high < 1
+    kept = best if best is not None and faster else plain
+    for other in (plain, *left):
+        if other is kept:
+            other.why = "kept"
+        elif other is plain:
+            other.why = f"{kept.name} is faster"
+        elif other is best:
+            other.why = "no faster than float beyond the noise"
+        else:
+            other.why = f"slower than {kept.name}" if other.ratio > kept.ratio else "no faster than float"
+    return kept
