@@ -70,6 +70,8 @@ def arguments_of(batch: Any, model: nn.Module, names: Sequence[str]) -> Inputs:
         if len(_tensors(known)) != len(names):
             known = {key: value for key, value in known.items() if not _tensors(value) or _is_named(key, names)}
         return Inputs.of(known if len(_tensors(known)) == len(names) else batch)
+    if isinstance(batch, tuple) and batch and isinstance(batch[0], Inputs):
+        return batch[0]
     inputs = Inputs.of(batch)
     if isinstance(batch, (tuple, list)) and (len(inputs.tensors) > len(names) or not _fits(inputs, model)):
         return Inputs.of(batch[0])

@@ -7,38 +7,38 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import nn
 
-from torchtrim.bench.latency import Benchmark, benchmark
 from torchtrim.bench.machine import machine
-from torchtrim.errors import ExportMismatch, InputError, ModelError
-from torchtrim.export.compare import TOLERANCES, Tolerance
-from torchtrim.export.graph import (
-    LARGE,
-    has_dynamic_batch,
-    join_files,
-    names_for,
-    opset_of,
-    size_mb,
-    stamp,
-    weight_bytes,
-    write_float,
+from torchtrim.errors import InputError
+from torchtrim.export.asked import (
+    check_number,
+    check_share,
+    check_weights,
+    checked_inputs,
+    checked_options,
+    checked_stand_in,
+    has_doubles,
+    single,
 )
-from torchtrim.export.inputs import in_order
-from torchtrim.export.kernels import refuse_unsupported
+from torchtrim.export.calibration_data import CalibrationData
+from torchtrim.export.compare import Tolerance
+from torchtrim.export.convert import batches_of, convert
+from torchtrim.export.graph import LARGE, has_dynamic_batch, names_for, opset_of, size_mb, weight_bytes, write_float
 from torchtrim.export.place import free_place, put_in_place, workshop
-from torchtrim.export.quantize import DYNAMIC_OPS, checked_ops, quantize_dynamic, to_float16
+from torchtrim.export.proven import Limits, proven, speed_notes, timed_beside, word_of
+from torchtrim.export.quantize import DYNAMIC_OPS
 from torchtrim.export.report import ExportReport
-from torchtrim.export.stand_in import run_once, stand_in
-from torchtrim.export.targets import Target, resolve
-from torchtrim.export.verify import Data, Verification, scheme_of, verify_onnx
-from torchtrim.graph.copying import full_copy, is_meta, kept_random_state, structural_copy, unwrap
-from torchtrim.graph.inputs import ExampleInputs, Inputs
+from torchtrim.export.scheme import scheme_of
+from torchtrim.export.stand_in import run_once
+from torchtrim.export.targets import resolve, run_on
+from torchtrim.export.verify import Data
+from torchtrim.export.workbench import Workbench
+from torchtrim.graph.copying import full_copy, kept_random_state, structural_copy, unwrap
+from torchtrim.graph.inputs import ExampleInputs
 
 __all__ = ["ExportReport", "export_onnx"]
 
@@ -59,7 +59,11 @@ def export_onnx(
     opset: int | None = None,
     dynamic_ops: str | Sequence[str] = DYNAMIC_OPS,
     per_channel: bool = True,
-    reduce_range: bool = False,
+    reduce_range: bool | None = None,
+    calibration: str = "minmax",
+    bits: int = 8,
+    block: int = 128,
+    max_drop: float = 0.01,
     half_io: bool = False,
     tolerance: float | Tolerance | None = None,
     overwrite: bool = False,
@@ -73,15 +77,29 @@ def export_onnx(
     Weights past 2 GB lie in a second file, `PATH.data`. Forward hooks that are plain functions run once, and go into
     the file only where they change what the model gives.
 
+    Schemes, of which each target takes some:
+
+    - `"float32"`, `"fp16"`, `"bf16"`: that precision.
+    - `"dynamic"`: int8 weights in matrix products, activations quantized as it runs. Needs no data.
+    - `"static"`: int8 with scales fixed from calibration on `data` (QuantizeLinear and DequantizeLinear pairs).
+    - `"weight_only"`: int8 or int4 weights, float arithmetic.
+    - `"mixed"`: static, dynamic or float for each kind of layer, whichever makes the file fastest here, and float for
+      the layers at which the error jumps most, until the outputs are near enough.
+    - `"auto"`: all that make sense are made, timed in alternating rounds beside the float file, and compared; the
+      fastest that loses at most `max_drop` is kept, the float file where nothing is faster (`report.selection`).
+
+    At most 512 rows of the data are read: half of them to calibrate on, half to compare on. They are kept on disk while
+    it works, so that memory does not grow with them.
+
     Args:
         model: The model; one inside `torch.compile` or `DistributedDataParallel` is taken out of it.
         example_inputs: A tensor, or a tuple or dict of them. What the model's history recorded, where it is left out.
         path: Where the file goes. Its folder must exist.
-        target: `cpu` or `cuda`. For `cuda` the weights are float16 (of a float64 model too), and every node is one that
-            ONNX Runtime's CUDA provider has a kernel for; the file runs on that provider where there is one, and on the
-            CPU elsewhere.
-        quantize: None, or for the CPU `"dynamic"`: int8 weights in matrix products, activations quantized as it runs.
-        data: What to compare on: batches (tensors, `(inputs, targets)` pairs, dicts). The example by default.
+        target: `cpu`, `openvino`, `cuda` or `tensorrt`. For the GPU targets every node is one that the provider has a
+            kernel for. The file runs where the target is installed, and on the CPU elsewhere, which the report says.
+        quantize: A scheme; None: float32, and fp16 for GPUs.
+        data: Batches (tensors, `(inputs, targets)` pairs, dicts) to calibrate and to compare on. The example by default,
+            on which nothing can be calibrated. With integer targets, accuracy is compared.
         dynamic: Whether the file takes any batch size; False for that of the example only. The batch is the first
             dimension of the first tensor that has one, and of the others where they have the same size there.
         input_names: Names of the inputs; those of the forward's parameters by default.
@@ -89,8 +107,13 @@ def export_onnx(
         opset: The ONNX opset; what PyTorch's exporter recommends by default.
         dynamic_ops: The operators that `"dynamic"` quantizes, or one. Adding `Conv` makes most networks slower.
         per_channel: One int8 scale for each output channel.
-        reduce_range: 7-bit weights, for x86 processors without VNNI.
-        half_io: For `cuda`: take and give float16 as well.
+        reduce_range: 7-bit weights, as x86 processors without VNNI need them; by default where this one does.
+        calibration: How the ranges of activations are chosen: `minmax`, `entropy`, `percentile`, `mse`.
+        bits: Of `"weight_only"`: 8 or 4.
+        block: How many weights share a scale there.
+        max_drop: How much accuracy `"mixed"` and `"auto"` may lose, 0.01 for one point; the cosine of the outputs to
+            the float file's is at least 0.99 in any case, or what a `Tolerance` says.
+        half_io: For `fp16`: take and give float16 as well.
         tolerance: How far the file may be from the model; see `verify_onnx`.
         overwrite: Replace a file that is there.
         benchmark: Measure the latency of the model and of each file, at batch 1 (a second or so).
@@ -104,7 +127,8 @@ def export_onnx(
             expressed: at all, with any batch size, or in the opset asked for.
         ExportMismatch: The file ran and was past the tolerance (`error.verification`).
         ModelError: The model is on the meta device, or holds NaN or infinite weights.
-        InputError: No example inputs, or some the model does not take; names that do not fit; a bad option.
+        InputError: No example inputs, or some the model does not take; names that do not fit; a bad option; data that
+            cannot be calibrated on, or none where some is needed.
 
     Example:
         >>> import tempfile
@@ -115,17 +139,26 @@ def export_onnx(
     """
     start = time.perf_counter()
     place, scheme = resolve(target, quantize)
-    ops = checked_ops(dynamic_ops)
+    options = checked_options(dynamic_ops, per_channel, reduce_range, calibration, bits, block, half_io)
     wanted = None if tolerance is None else Tolerance.of(tolerance)
-    _check_number("opset", opset)
-    _check_number("threads", threads)
+    check_number("opset", opset)
+    check_number("threads", threads)
+    check_share("max_drop", max_drop)
     inner = unwrap(model)
-    destination = free_place(path, overwrite=overwrite, beside=weight_bytes(inner) * _SHARE[scheme] > LARGE)
-    _check_weights(inner)
-    inputs = _check_inputs(inner, example_inputs)
-    notes: list[str] = []
+    destination = free_place(path, overwrite=overwrite, beside=weight_bytes(inner) * _SHARE.get(scheme, 0.125) > LARGE)
+    check_weights(inner)
+    inputs = checked_inputs(inner, example_inputs)
+    if data is None and scheme == "static":
+        raise InputError(
+            "static int8 is calibrated on data, and there is none",
+            path="data",
+            expected="batches of inputs, some hundred rows",
+            hint='data=, or quantize="dynamic"',
+        )
+    provider, note = run_on(place.name)
+    notes = [] if note is None else [note]
     with workshop(destination) as folder, kept_random_state(), _progress() as say:
-        copied = _stand_in(inner, inputs)
+        copied = checked_stand_in(inner, inputs)
         names = names_for(
             copied, inputs, run_once(structural_copy(copied, own_buffers=True), inputs), input_names, output_names
         )
@@ -134,40 +167,52 @@ def export_onnx(
         plain.parent.mkdir()
         # The exporter leaves its own tensors in attributes that a forward writes to.
         exported, given = structural_copy(copied, own_buffers=True), inputs
-        if scheme == "fp16" and _has_doubles(copied, inputs):
-            exported, given = full_copy(copied).float(), inputs.map(_single)
+        if scheme not in ("float32", "dynamic") and has_doubles(copied, inputs):
+            exported, given = full_copy(copied).float(), inputs.map(single)
             notes.append("the model is float64; it was turned into float32 first, and so are its inputs and outputs")
         write_float(exported, given, plain, names=names, dynamic=dynamic, opset=opset)
         precision = scheme_of(plain)
         scheme = precision if scheme == "float32" else scheme
-        final, quantized = plain, 0
-        if scheme != precision:
-            final = folder / scheme / destination.name
-            final.parent.mkdir()
-            say(f"converting to {'int8' if scheme == 'dynamic' else scheme}")
-            large = weight_bytes(exported) > LARGE
-            if scheme == "dynamic":
-                quantized = quantize_dynamic(
-                    plain, final, ops=ops, per_channel=per_channel, reduce_range=reduce_range, external_data=large
-                )
-                notes += _dynamic_notes(quantized, ops, reduce_range, precision)
-            else:
-                to_float16(plain, final, half_io=half_io, external_data=large)
-            join_files(final)
-        about = {"torchtrim.target": place.name, "torchtrim.quantize": scheme, "torch.version": torch.__version__}
-        stamp(final, version=_version(), notes=about)
-        if place.name == "cuda":
-            _check_kernels(final)
+        spooled = None
+        if data is not None and scheme in _CALIBRATED:
+            spooled = CalibrationData.spool(data, copied, plain, folder / "data")
+            notes += spooled.notes
+        bench = Workbench(
+            plain,
+            folder,
+            target=place,
+            data=spooled,
+            options=options,
+            external=weight_bytes(exported) > LARGE,
+            threads=threads,
+        )
+        limits = Limits(wanted, max_drop, spooled is not None and spooled.labelled)
+        converted = convert(
+            bench,
+            scheme,
+            precision,
+            inputs=given,
+            max_drop=max_drop,
+            cosine=wanted.cosine if wanted is not None else None,
+            provider=provider,
+            timed=note is None,
+            threads=threads,
+            say=say,
+        )
+        # A file that was calibrated is not compared on what it was calibrated on.
+        compared = inputs if data is None else data if spooled is None else [*batches_of(spooled, given, names.inputs)]
         say("comparing with PyTorch")
-        limits = wanted or TOLERANCES["fp16" if scheme == "fp16" else scheme_of(final)]
-        verification = _verify(final, destination, copied, inputs, data, limits, place, notes)
+        about = {"torch.version": torch.__version__}
+        converted, verification = proven(converted, bench, destination, copied, compared, limits, provider, about)
+        final, notes = converted.built.path, [*notes, *converted.notes]
+        quantized = converted.built.nodes
         latency = None
         if benchmark:
             say("timing")
-            names_timed = {plain: f"ONNX {precision}", final: f"ONNX {'int8' if scheme == 'dynamic' else scheme}"}
-            latency = _time(copied, inputs, names_timed, verification.provider, threads)
+            names_timed = {plain: f"ONNX {precision}", final: f"ONNX {word_of(converted.built.scheme)}"}
+            latency = timed_beside(copied, inputs, names_timed, verification.provider, threads)
             if verification.provider == place.provider:
-                notes += _speed_notes(latency)
+                notes += speed_notes(latency)
         sizes = (size_mb(plain), size_mb(final))
         opset, dynamic = opset_of(final), has_dynamic_batch(final)
         files = put_in_place(final, destination, overwrite=overwrite, aside=folder)
@@ -175,7 +220,7 @@ def export_onnx(
         path=destination,
         files=files,
         target=place.name,
-        quantize=scheme,
+        quantize=converted.built.scheme,
         precision=precision,
         provider=verification.provider,
         opset=opset,
@@ -190,154 +235,13 @@ def export_onnx(
         machine=machine(),
         seconds=time.perf_counter() - start,
         notes=tuple(notes),
+        selection=converted.selection,
     )
 
 
 # How large the file may be at least, beside the weights of the model; int8 weights are a quarter of float32 ones.
-_SHARE = {"float32": 1.0, "fp16": 0.5, "dynamic": 0.25}
-
-
-def _check_number(name: str, number: object) -> None:
-    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-        raise InputError(f"{name} is a positive whole number", found=number)
-
-
-def _check_weights(model: nn.Module) -> None:
-    if is_meta(model):
-        raise ModelError(
-            "the model has no weights to export", found="the meta device", hint="model.to_empty(...) and load weights"
-        )
-    # An infinite buffer can be meant (an attention mask); an infinite weight cannot.
-    bad = [name for name, tensor in model.named_parameters() if tensor.is_floating_point() and not _finite(tensor)]
-    bad += [name for name, tensor in model.named_buffers() if tensor.is_floating_point() and bool(tensor.isnan().any())]
-    if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise ModelError(
-            "weights that are NaN or infinite",
-            path=", ".join(bad[:3]) + more,
-            hint="a checkpoint from before they broke",
-        )
-    if any(tensor.dtype is torch.bfloat16 for tensor in model.parameters()):
-        raise ModelError(
-            "ONNX Runtime's CPU provider does not compute in bfloat16, so the file could not be checked",
-            found="bfloat16 weights",
-            hint='model.float(), with target="cuda" for a half-precision file',
-        )
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
-
-
-def _check_inputs(model: nn.Module, example_inputs: ExampleInputs | None) -> Inputs:
-    if example_inputs is None:
-        from torchtrim.edits.history import recorded_inputs
-
-        recorded = recorded_inputs(model)
-        if recorded is None:
-            raise InputError("the model's input is not known", hint="pass example_inputs as the second argument")
-        return recorded.fresh()
-    inputs = in_order(Inputs.of(example_inputs).fresh(), model)
-    inputs.bind(model)
-    if not inputs.batch:
-        raise InputError("the example has no rows", found=inputs.describe(), expected="at least one")
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    return inputs.map(lambda tensor: tensor.to(device))
-
-
-def _stand_in(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """A copy to export; where the inputs are refused and have another precision than the weights, that is said."""
-    try:
-        return stand_in(model, inputs)
-    except InputError as error:
-        precision = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-        floats = {tensor.dtype for tensor in inputs.tensors if tensor.is_floating_point()}
-        if precision is not None and floats and precision not in floats:
-            error.hint = f"inputs in {str(precision).removeprefix('torch.')}, as the weights are, or model.float()"
-        raise
-
-
-def _has_doubles(model: nn.Module, inputs: Inputs) -> bool:
-    tensors = (*model.parameters(), *model.buffers(), *inputs.tensors)
-    return any(tensor.dtype is torch.float64 for tensor in tensors)
-
-
-def _single(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype is torch.float64 else tensor
-
-
-def _check_kernels(path: Path) -> None:
-    import onnx
-
-    refuse_unsupported(onnx.load(path, load_external_data=False), "cuda")
-
-
-def _verify(
-    path: Path,
-    destination: Path,
-    model: nn.Module,
-    inputs: Inputs,
-    data: Data | None,
-    limits: float | Tolerance,
-    place: Target,
-    notes: list[str],
-) -> Verification:
-    import onnxruntime
-
-    provider = place.provider
-    if provider not in onnxruntime.get_available_providers() or (
-        place.name == "cuda" and not torch.cuda.is_available()
-    ):
-        provider = "CPUExecutionProvider"
-    compared = inputs if data is None else data
-    try:
-        verification = verify_onnx(path, model, compared, tolerance=limits, providers=[provider])
-    except ExportMismatch as error:
-        error.path = destination
-        raise
-    if verification.provider != place.provider:
-        notes.append(
-            f"checked on {verification.provider}, since {place.provider} is not here; every node has a kernel there"
-        )
-    elif place.name != "cpu":
-        notes.append(f"run on {place.provider}")
-    return replace(verification, path=destination)
-
-
-def _time(model: nn.Module, inputs: Inputs, files: dict[Path, str], provider: str, threads: int | None) -> Benchmark:
-    candidates: dict[str, nn.Module | Path] = {"PyTorch eager": model}
-    candidates |= {name: path for path, name in files.items()}
-    batch = 1 if inputs.batch > 1 and all(has_dynamic_batch(path) for path in files) else None
-    return benchmark(candidates, inputs, batch=batch, threads=threads, seconds=0.3, warmup=2, providers=[provider])
-
-
-def _dynamic_notes(quantized: int, ops: Sequence[str], reduce_range: bool, precision: str) -> list[str]:
-    notes = []
-    if not quantized:
-        notes.append(
-            f"nothing was quantized: the model has no {' or '.join(ops)} with float32 weights; it is {precision}"
-        )
-    if "Conv" in ops:
-        notes.append("dynamic int8 convolutions are usually slower than float32 ones")
-    has = machine().instructions
-    if quantized and not reduce_range and "avx2" in has and not {"avx_vnni", "avx512_vnni"} & set(has):
-        notes.append("this processor has no VNNI: reduce_range=True avoids overflow in its 8-bit sums")
-    return notes
-
-
-def _speed_notes(latency: Benchmark) -> list[str]:
-    if len(latency.timings) < 3:
-        return []
-    plain, final = latency.timings[1], latency.timings[2]
-    ratio = plain.median_ms / final.median_ms
-    word = "faster" if ratio >= 1 else "slower"
-    return [f"{final.name} is {max(ratio, 1 / ratio):.2f} x {word} than {plain.name}"]
-
-
-def _version() -> str:
-    from torchtrim import __version__
-
-    return __version__
+_SHARE = {"float32": 1.0, "fp16": 0.5, "bf16": 0.5, "dynamic": 0.25, "static": 0.25, "mixed": 0.25, "auto": 1.0}
+_CALIBRATED = ("static", "mixed", "auto")
 
 
 @contextmanager

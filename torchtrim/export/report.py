@@ -9,6 +9,7 @@ from typing import Any
 from torchtrim.bench.latency import Benchmark
 from torchtrim.bench.machine import Machine
 from torchtrim.bench.table import Table
+from torchtrim.export.selection import Selection
 from torchtrim.export.verify import Verification
 
 
@@ -20,7 +21,7 @@ class ExportReport:
         path: The ONNX file.
         files: All files written: that one, and the weights beside it where they pass 2 GB.
         target: Where it will run.
-        quantize: What its weights are: `float32`, `float64`, `fp16`, or `dynamic` (int8).
+        quantize: Its scheme: `float32`, `float64`, `fp16`, `bf16`, `dynamic`, `static`, `weight_only`, `mixed`.
         precision: What they were before they were converted: `float32`, `float64` or `fp16`.
         provider: The ONNX Runtime provider it was run on.
         opset: Its ONNX opset.
@@ -35,6 +36,7 @@ class ExportReport:
         machine: What it was run on.
         seconds: How long the export took.
         notes: What else there is to know.
+        selection: What `quantize="auto"` tried; None elsewhere.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class ExportReport:
     machine: Machine
     seconds: float
     notes: tuple[str, ...]
+    selection: Selection | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -68,6 +71,7 @@ class ExportReport:
             "latency": None if self.latency is None else self.latency.to_dict(),
             "machine": self.machine.to_dict(),
             "notes": list(self.notes),
+            "selection": None if self.selection is None else self.selection.to_dict(),
         }
 
     def tables(self) -> tuple[Table, ...]:
@@ -88,7 +92,10 @@ class ExportReport:
             ("batch", "any" if self.dynamic_batch else "as the example"),
             ("opset", str(self.opset)),
         )
-        tables = [Table("export", ("", ""), facts, self.notes, left=2), self.verification.table()]
+        tables = [Table("export", ("", ""), facts, self.notes, left=2)]
+        if self.selection is not None:
+            tables.append(self.selection.table())
+        tables.append(self.verification.table())
         if self.latency is not None:
             tables.append(self.latency.table())
         return tuple(tables)
