@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from torchtrim.graph.progress import progress
 
 ROWS = 512
 FEED = 32  # rows of one feed
+_FEW = 4  # feeds that are split by rows, so that both halves are of a size
+KINDS = ("calibration", "comparison")
+_WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 _WILD = 1e4  # of the largest absolute value: pictures and embeddings are far below
 
 Feed = dict[str, NDArray[Any]]
@@ -30,8 +34,8 @@ class CalibrationData:
     """Batches of a user's data as feeds of an ONNX file, on disk.
 
     Rows are put into feeds of at most 32 (of as many as the file takes, where it takes one batch size only). Every
-    second feed is to calibrate on, the others are to compare on; a single feed is split by rows. One row serves for
-    both, and `notes` says so.
+    second feed is to calibrate on, the others are to compare on; where there are no more than 4, every second row. One
+    row serves for both, and `notes` says so.
 
     Attributes:
         folder: Where the feeds are.
@@ -49,7 +53,13 @@ class CalibrationData:
 
     @staticmethod
     def spool(
-        data: Any, model: nn.Module, path: Path | OnnxSession, folder: Path, *, limit: int = ROWS
+        data: Any,
+        model: nn.Module,
+        path: Path | OnnxSession,
+        folder: Path,
+        *,
+        limit: int = ROWS,
+        told: Callable[[str, float], Any] | None = None,
     ) -> CalibrationData:
         """Read a user's data once, batch by batch, and keep it on disk as feeds of a file.
 
@@ -62,6 +72,7 @@ class CalibrationData:
             path: The float file.
             folder: An empty folder; the caller removes it.
             limit: At most this many rows.
+            told: Called with what is done and the share of it, instead of a progress bar.
 
         Raises:
             InputError: No data; not batches; a shape or a type that the file does not take; NaN or infinite values.
@@ -72,11 +83,11 @@ class CalibrationData:
         folder.mkdir(parents=True, exist_ok=True)
         spool = _Spool(folder, session.fixed_batch or FEED, fixed=session.fixed_batch is not None)
         reader = _Reader(model, session)
-        with progress("reading the data") as told:
+        with nullcontext(told) if told is not None else progress("reading the data") as tell:
             for number, batch in enumerate(_batches(data)):
                 feed, targets = reader.read(number, batch)
                 spool.add(feed, targets, limit)
-                told(f"{spool.rows} rows", min(1.0, spool.rows / limit))
+                tell(f"{spool.rows} rows", min(1.0, spool.rows / limit))
                 if spool.rows >= limit:
                     break
         if not spool.rows:
@@ -89,11 +100,11 @@ class CalibrationData:
 
     def calibration(self) -> Iterator[Feed]:
         """The feeds to calibrate on."""
-        return (feed for feed, _ in self._read("calibration", self.feeds[0]))
+        return (feed for feed, _ in self._read(0))
 
     def comparison(self) -> Iterator[Feed]:
         """The feeds to compare on."""
-        return (feed for feed, _ in self._read("comparison", self.feeds[1]))
+        return (feed for feed, _ in self._read(1))
 
     def labelled_comparison(self) -> Iterator[tuple[Feed, NDArray[np.int64]]]:
         """The feeds to compare on, each with the class of every row.
@@ -101,14 +112,14 @@ class CalibrationData:
         Raises:
             InputError: The data came without classes.
         """
-        for feed, targets in self._read("comparison", self.feeds[1]):
+        for feed, targets in self._read(1):
             if targets is None:
                 raise InputError("the data has no integer classes to compare with", hint="(inputs, targets) batches")
             yield feed, targets
 
-    def _read(self, kind: str, count: int) -> Iterator[tuple[Feed, NDArray[np.int64] | None]]:
-        for number in range(count):
-            with np.load(self.folder / f"{kind}-{number}.npz") as stored:
+    def _read(self, kind: int) -> Iterator[tuple[Feed, NDArray[np.int64] | None]]:
+        for number in range(self.feeds[kind]):
+            with np.load(self.folder / f"{KINDS[kind]}-{number}.npz") as stored:
                 feed = {key.removeprefix("input."): stored[key] for key in stored.files if key != "targets"}
                 yield feed, stored["targets"] if self.labelled else None
 
@@ -138,17 +149,25 @@ class _Reader:
                 names = input_names(self._model, inputs)
                 inputs = Inputs((), dict(zip(names, inputs.tensors, strict=True)))
             rows = inputs.batch
-            if self._session.fixed_batch not in (None, rows):
-                expected = self._session.fixed_batch or rows
-                self._session.feed(inputs.with_batch(expected), cast=True)  # the other sizes must be right
-                feed = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.kwargs.items()}
-            else:
-                feed = self._session.feed(inputs, cast=True)
+            feed = self._feed(inputs, rows)
         except TorchTrimError as error:
             where = place if error.path is None else f"{place}, {error.path}"
             raise InputError(error.message, path=where, found=error.found, expected=error.expected) from error
         self._check_values(feed, place)
         return feed, _targets(batch, inputs, rows)
+
+    def _feed(self, inputs: Inputs, rows: int) -> Feed:
+        """The file's inputs; of a file that takes one batch size, as many rows as there are."""
+        size = self._session.fixed_batch
+        if size is None or rows in (0, size):
+            return self._session.feed(inputs, cast=True)
+        parts = []
+        for start in range(0, rows, size):
+            parts.append(self._session.feed(_rows_from(inputs, start, size), cast=True))
+        return {
+            name: np.concatenate([part[name] for part in parts])[:rows] if first.ndim and len(first) == size else first
+            for name, first in parts[0].items()
+        }
 
     def _check_values(self, feed: Feed, place: str) -> None:
         for name, array in feed.items():
@@ -204,35 +223,42 @@ class _Spool:
         """Write what is left, and share the files out."""
         if self._held:
             self._write(self._held_rows())
-        if len(self._written) == 1:
-            return self._split()
         counts, rows = [0, 0], [0, 0]
+        few = len(self._written) <= _FEW and not self._fixed
         for number, size in enumerate(self._written):
-            kind = number % 2
-            name = ("calibration", "comparison")[kind]
-            (self._folder / f"feed-{number}.npz").rename(self._folder / f"{name}-{counts[kind]}.npz")
-            counts[kind] += 1
-            rows[kind] += size
+            path = self._folder / f"feed-{number}.npz"
+            if len(self._written) == 1 and (size == 1 or self._fixed):
+                several = f"one batch of {size} rows" if size > 1 else "one row"
+                self.notes.append(f"there is {several} of data: it was both calibrated and compared on")
+                parts = [slice(None), slice(None)]
+            elif few:
+                parts = [slice(0, None, 2), slice(1, None, 2)]
+            else:
+                kind = number % 2
+                path.rename(self._place(kind, counts[kind]))
+                counts[kind] += 1
+                rows[kind] += size
+                continue
+            for kind, part in enumerate(parts):
+                took = len(range(*part.indices(size)))
+                if took:
+                    self._cut(path, self._place(kind, counts[kind]), part, size)
+                    counts[kind] += 1
+                    rows[kind] += took
+            path.unlink()
         return (counts[0], counts[1]), (rows[0], rows[1])
 
-    def _split(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        only = self._folder / "feed-0.npz"
-        with np.load(only) as stored:
-            arrays = {key: stored[key] for key in stored.files}
-        only.unlink()
-        rows = self._written[0]
-        if rows == 1 or self._fixed:
-            several = f"one batch of {rows}" if rows > 1 else "one row"
-            self.notes.append(f"there is {several} of data: it was both calibrated and compared on")
-            for kind in ("calibration", "comparison"):
-                np.savez(self._folder / f"{kind}-0.npz", **arrays)
-            return (1, 1), (rows, rows)
-        for kind, part in (("calibration", slice(0, None, 2)), ("comparison", slice(1, None, 2))):
-            cut = {
-                key: array[part] if array.ndim and array.shape[0] == rows else array for key, array in arrays.items()
+    def _place(self, kind: int, number: int) -> Path:
+        return self._folder / f"{KINDS[kind]}-{number}.npz"
+
+    @staticmethod
+    def _cut(source: Path, destination: Path, part: slice, rows: int) -> None:
+        with np.load(source) as stored:
+            arrays = {
+                key: stored[key][part] if stored[key].ndim and stored[key].shape[0] == rows else stored[key]
+                for key in stored.files
             }
-            np.savez(self._folder / f"{kind}-0.npz", **cut)
-        return (1, 1), (rows - rows // 2, rows // 2)
+        np.savez(destination, **arrays)
 
     def _held_rows(self) -> int:
         return sum(_rows(feed) for feed, _ in self._held)
@@ -241,9 +267,8 @@ class _Spool:
         arrays: dict[str, NDArray[Any]] = {}
         for name in self._held[0][0]:
             parts = [feed[name] for feed, _ in self._held]
-            shared = not parts[0].ndim or any(
-                part.shape[0] != _rows(feed) for (feed, _), part in _zip(self._held, parts)
-            )
+            sizes = [_rows(feed) for feed, _ in self._held]
+            shared = any(not part.ndim or part.shape[0] != size for part, size in zip(parts, sizes, strict=True))
             arrays[f"input.{name}"] = parts[0] if shared else np.concatenate(parts)
         targets = [part for _, part in self._held]
         if all(part is not None for part in targets):
@@ -260,10 +285,15 @@ class _Spool:
         self._held = []
 
 
-def _zip(
-    held: Sequence[tuple[Feed, Any]], parts: Sequence[NDArray[Any]]
-) -> Iterator[tuple[tuple[Feed, Any], NDArray[Any]]]:
-    return zip(held, parts, strict=True)
+def _rows_from(inputs: Inputs, start: int, count: int) -> Inputs:
+    """Some rows from there on, and the first ones again where they end."""
+    rows = inputs.batch
+
+    def take(tensor: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(start, start + count, device=tensor.device) % rows
+        return tensor[places] if tensor.dim() and tensor.shape[0] == rows else tensor
+
+    return inputs.map(take)
 
 
 def _rows(feed: Feed) -> int:
@@ -291,7 +321,7 @@ def _targets(batch: Any, inputs: Inputs, rows: int) -> NDArray[np.int64] | None:
         candidates = [batch[key] for key in ("labels", "label", "targets", "target", "y") if key in batch]
     used = {id(tensor) for tensor in inputs.tensors}
     for found in candidates:
-        if isinstance(found, torch.Tensor) and id(found) not in used and tuple(found.shape) == (rows,):
-            if not found.is_floating_point() and not found.is_complex() and found.dtype != torch.bool:
-                return np.asarray(found.detach().cpu().numpy(), np.int64)
+        whole = isinstance(found, torch.Tensor) and found.dtype in _WHOLE
+        if whole and id(found) not in used and tuple(found.shape) == (rows,):
+            return np.asarray(found.detach().cpu().numpy(), np.int64)
     return None

@@ -39,12 +39,12 @@ class Histogram:
     @property
     def edges(self) -> NDArray[np.float64]:
         """The bounds of the bins, one more than there are bins."""
-        return (self.first + np.arange(len(self.counts) + 1)) * self.width
+        return np.asarray((self.first + np.arange(len(self.counts) + 1)) * self.width, np.float64)
 
     @property
     def centres(self) -> NDArray[np.float64]:
         """The middle of each bin."""
-        return (self.first + np.arange(len(self.counts)) + 0.5) * self.width
+        return np.asarray((self.first + np.arange(len(self.counts)) + 0.5) * self.width, np.float64)
 
     def add(self, values: NDArray[Any], low: float, high: float) -> None:
         """Count values.

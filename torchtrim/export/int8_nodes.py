@@ -10,13 +10,12 @@ import onnx
 from torchtrim.errors import InputError
 
 COMPUTE = ("Conv", "Gemm", "MatMul")
-# Between two int8 nodes these have an int8 kernel on ONNX Runtime's CPU provider, or move bytes about.
+# Between two int8 nodes these have an int8 kernel on ONNX Runtime's CPU provider, or move bytes about. HardSigmoid has
+# none, but in hard swish a Mul follows it, which has.
 BETWEEN = (
-    "Add", "AveragePool", "Clip", "Concat", "Flatten", "GlobalAveragePool", "LeakyRelu", "MaxPool", "Mul", "Relu",
-    "Reshape", "Resize", "Sigmoid", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+    "Add", "AveragePool", "Clip", "Concat", "Flatten", "GlobalAveragePool", "HardSigmoid", "LeakyRelu", "MaxPool",
+    "Mul", "Relu", "Reshape", "Resize", "Sigmoid", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 )  # fmt: skip
-# These give the values they take, or some of them: the scale stays.
-SAME_SCALE = ("Flatten", "MaxPool", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 _WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
@@ -80,7 +79,7 @@ def _following(
         ]
 
     # From the front: what can be had in int8, since an int8 node gives it or takes it.
-    taken = {name for node in graph.node if node.name in chosen for name in _activations(node)}
+    taken = {name for node in graph.node if node.name in chosen for name in activations_of(node)}
     given = {name for node in graph.node if node.name in chosen for name in node.output}
     able: set[str] = set()
     for node in graph.node:
@@ -100,10 +99,6 @@ def _following(
     return wanted
 
 
-def _activations(node: onnx.NodeProto) -> list[str]:
-    return list(node.input[:1]) if node.op_type in ("Conv", "Gemm") else list(node.input[:2])
-
-
 def tensors_of(graph: onnx.GraphProto, names: Collection[str]) -> list[str]:
     """The float activations that these nodes take and give: what to calibrate."""
     constants = {tensor.name for tensor in graph.initializer}
@@ -116,3 +111,8 @@ def tensors_of(graph: onnx.GraphProto, names: Collection[str]) -> list[str]:
         if name and name not in constants and types.get(name) == onnx.TensorProto.FLOAT
     ]
     return list(dict.fromkeys(found))
+
+
+def activations_of(node: onnx.NodeProto) -> list[str]:
+    """The inputs of a node that are neither weights nor biases by their place."""
+    return list(node.input[:1]) if node.op_type in ("Conv", "Gemm") else list(node.input[:2])

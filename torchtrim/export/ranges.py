@@ -62,7 +62,8 @@ def _percentile(histogram: Histogram) -> tuple[float, float]:
 def _entropy(histogram: Histogram) -> tuple[float, float]:
     """Search one threshold for the absolute values: with 128 levels, or 256 where no value is negative."""
     size = np.abs(histogram.centres)
-    counts = np.bincount(np.floor(size / histogram.width).astype(np.int64), weights=histogram.counts)
+    places = np.floor(size / histogram.width).astype(np.int64)
+    counts = np.bincount(places, weights=histogram.counts).astype(np.float64)
     levels = 128 if histogram.edges[0] < 0 else 256
     counts[0] = max(0.0, counts[0] - histogram.zeros)  # zero is a level of its own, and says nothing of the rest
     total = len(counts)

@@ -12,9 +12,10 @@ import onnx
 
 from torchtrim.errors import ExportError, InputError
 from torchtrim.export.calibration import Statistics
-from torchtrim.export.int8_nodes import BETWEEN, COMPUTE, int8_nodes, tensors_of
+from torchtrim.export.int8_nodes import BETWEEN, COMPUTE, activations_of, int8_nodes, tensors_of
 from torchtrim.export.quiet import quiet
 from torchtrim.export.ranges import METHODS
+from torchtrim.export.tensorrt_form import pair_residuals, residual_inputs
 
 FORMS = ("cpu", "tensorrt")
 _TYPES = ("uint8", "int8")
@@ -49,12 +50,12 @@ def quantize_static(
         ops: The operators to quantize.
         between: The operators that are quantized where they lie between int8 nodes.
         method: How the ranges are chosen: `minmax`, `entropy`, `percentile`, `mse`.
-        activations: `uint8` (asymmetric) or `int8` (symmetric).
+        activations: `uint8` or `int8`; both with a zero point.
         weights: `int8` (symmetric) or `uint8` (asymmetric).
         per_channel: One scale for each output channel of a weight.
         reduce_range: Weights in 7 bits, where sums of 8-bit products saturate.
-        form: `cpu`, as ONNX Runtime's CPU provider fuses it; `tensorrt`: symmetric int8, float biases, a pair of its own
-            at every input of a node.
+        form: `cpu`, as ONNX Runtime's CPU provider fuses it. `tensorrt`: pairs of their own at the inputs of layers and
+            of residual adds only, symmetric int8, float biases; TensorRT then fuses activation and add into the layer.
         external_data: Keep the weights beside the file (past 2 GB).
 
     Returns:
@@ -73,22 +74,19 @@ def quantize_static(
     if tensorrt:
         activations, weights, reduce_range = "int8", "int8", False
     model = onnx.load(prepared)
-    chosen = int8_nodes(model.graph, nodes=nodes, ops=ops, between=between)
+    chosen, residuals, tensors = _plan(model.graph, nodes, ops, between, form)
     kinds = {node.op_type for node in model.graph.node if node.name in chosen}
-    ranges = {}
-    for name in tensors_of(model.graph, chosen):
-        low, high = statistics.range(name, method)
-        ranges[name] = (np.array(low, np.float32), np.array(high, np.float32))
+    ranges = {name: statistics.range(name, method) for name in tensors}
     types = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
     options: dict[str, Any] = {
-        "ActivationSymmetric": activations == "int8",
+        "ActivationSymmetric": tensorrt,
         "WeightSymmetric": weights == "int8",
-        "AddQDQPairToWeight": False,
         "QuantizeBias": not tensorrt,
         "DedicatedQDQPair": tensorrt,
         "ForceQuantizeNoInputCheck": True,
-        "OpTypesToExcludeOutputQuantization": [],
+        "OpTypesToExcludeOutputQuantization": sorted(kinds) if tensorrt else [],
     }
+    asked = {name: (np.array(low, np.float32), np.array(high, np.float32)) for name, (low, high) in ranges.items()}
     try:
         with quiet():
             quantizer = QDQQuantizer(
@@ -97,20 +95,24 @@ def quantize_static(
                 reduce_range,
                 types[weights],
                 types[activations],
-                TensorsData(CalibrationMethod.MinMax, ranges),
+                TensorsData(CalibrationMethod.MinMax, asked),
                 sorted(chosen),
                 [],
                 sorted(kinds),
                 options,
             )
-            quantizer.quantize_model()
+            if chosen:  # an empty list of nodes means every node to it
+                quantizer.quantize_model()
             quantizer.model.topological_sort()
     except Exception as error:  # its parts raise what they like, and share no base class
         raise ExportError(
             f"ONNX Runtime cannot quantize this file: {type(error).__name__}: {error}", path=prepared.name
         ) from error
     written = quantizer.model.model
-    drop_needless_pairs(written.graph, chosen)
+    if tensorrt:
+        pair_residuals(written.graph, residuals, ranges)
+    else:
+        drop_needless_pairs(written.graph, chosen)
     count = sum(node.name in chosen for node in written.graph.node)
     onnx.save(
         written,
@@ -128,6 +130,7 @@ def calibration_tensors(
     nodes: Collection[str] | None = None,
     ops: Collection[str] = COMPUTE,
     between: Collection[str] = BETWEEN,
+    form: str = "cpu",
 ) -> list[str]:
     """The tensors of a prepared file whose ranges `quantize_static` needs, for the same nodes or fewer.
 
@@ -135,7 +138,25 @@ def calibration_tensors(
         InputError: A name that no node has.
     """
     graph = onnx.load(prepared, load_external_data=False).graph
-    return tensors_of(graph, int8_nodes(graph, nodes=nodes, ops=ops, between=between))
+    return _plan(graph, nodes, ops, between, form)[2]
+
+
+def _plan(
+    graph: onnx.GraphProto,
+    nodes: Collection[str] | None,
+    ops: Collection[str],
+    between: Collection[str],
+    form: str,
+) -> tuple[set[str], dict[str, str], list[str]]:
+    """The nodes to quantize, the residual adds that get a pair, and the tensors whose ranges are needed."""
+    if form != "tensorrt":
+        chosen = int8_nodes(graph, nodes=nodes, ops=ops, between=between)
+        return chosen, {}, tensors_of(graph, chosen)
+    chosen = int8_nodes(graph, nodes=nodes, ops=ops, between=())
+    residuals = residual_inputs(graph, chosen)
+    taken = [name for node in graph.node if node.name in chosen for name in activations_of(node)]
+    known = set(tensors_of(graph, chosen))
+    return chosen, residuals, list(dict.fromkeys([*(name for name in taken if name in known), *residuals.values()]))
 
 
 def drop_needless_pairs(graph: onnx.GraphProto, int8: Collection[str]) -> None:
