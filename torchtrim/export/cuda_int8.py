@@ -144,12 +144,14 @@ class _Quantizer:
         return self._constants[key]
 
 
-def quantize_weight(weight: NDArray[Any], axis: int | None) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantize_weight(
+    weight: NDArray[Any], axis: int | tuple[int, ...] | None
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Symmetric int8 weights and their scales.
 
     Args:
         weight: The float weights.
-        axis: The dimensions that share a scale are reduced: one dimension, or None for all.
+        axis: The dimension, or dimensions, along which weights share a scale; None for all.
 
     Returns:
         The int8 weights, and the scales with the reduced dimensions of size 1. Zeros have a scale of 1.

@@ -58,6 +58,15 @@ def product_of(file: Rewrite, node: onnx.NodeProto) -> Product | None:
     return Product(x, np.ascontiguousarray(weight), name, (turned, alpha), bias, node.output[0], dtype)
 
 
+def write_product(file: Rewrite, product: Product, weight: str) -> None:
+    """Write a product as a MatMul, and an Add where it has a bias, with weights of another name."""
+    if product.bias is None:
+        file.put("MatMul", [product.x, weight], product.output)
+        return
+    total = file.add("MatMul", [product.x, weight], f"{product.output}_product")
+    file.put("Add", [total, product.bias], product.output)
+
+
 def _bias(file: Rewrite, node: onnx.NodeProto, dtype: np.dtype[Any]) -> str | None:
     if len(node.input) < 3 or not node.input[2]:
         return None

@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stderr
 # Each writes of steps whose outcome is looked at afterwards: an error that is raised too, the opset of the file, and
 # what it computes.
 _LOGGERS = (
+    "onnxruntime.quantization.matmul_nbits_quantizer",
     "onnx_ir.passes.common.initializer_deduplication",
     "onnxscript.version_converter",
     "torch._subclasses.fake_tensor",

@@ -45,6 +45,10 @@ class Rewrite:
             self._arrays[name] = self._read(name)
         return self._arrays[name]
 
+    def is_computed(self, name: str) -> bool:
+        """Whether a tensor is what a node gives, and not a weight or an input of the file."""
+        return name in self._producers
+
     def keep(self, node: onnx.NodeProto) -> None:
         """Go on with a node as it is."""
         self._nodes.append(node)
