@@ -204,7 +204,7 @@ def test_shell_completion_offers_the_commands() -> None:
     command = [sys.executable, "-c", "from torchtrim.cli import main; main()"]
     offered = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     commands = {"inspect", "cut", "export", "verify", "bench", "demo", "remove", "insert", "replace", "plan", "history"}
-    assert commands | {"run", "recipe"} <= set(offered.split())
+    assert commands | {"run", "recipe", "explain"} <= set(offered.split())
 
 
 def test_export_dynamic_is_smaller(run: Run, tmp_path: Path) -> None:

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 
 from torchtrim.errors import ExportError, ExportMismatch, InputError, ModelError
-from torchtrim.export.compare import TOLERANCES, Tally, Tolerance
+from torchtrim.export.compare import TOLERANCES, OutputError, Tally, Tolerance
 from torchtrim.export.onnx import export_onnx
 from torchtrim.export.outputs import named_outputs
 from torchtrim.export.rows import with_other_rows
-from torchtrim.export.verify import verify_onnx
+from torchtrim.export.verify import scheme_of, verify_onnx
 from torchtrim.graph.inputs import Inputs
 
 
@@ -44,7 +45,7 @@ def file(model: Net, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_one_example_runs_at_batch_one_and_another(file: Path, model: Net) -> None:
     result = verify_onnx(file, model, torch.randn(4, 4))
-    assert result.batches == (1, 4)
+    assert result.batches == (1, 3, 4)
     logits, choice = result.outputs
     assert logits.top1 == 1
     assert choice.agreement == 1
@@ -57,10 +58,10 @@ def test_one_example_runs_at_batch_one_and_another(file: Path, model: Net) -> No
 def test_data_may_be_batches_pairs_or_dicts(file: Path, model: Net) -> None:
     x, y = torch.randn(6, 4), torch.zeros(6)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
-    assert verify_onnx(file, model, loader).batches == (1, 2, 4)
-    assert verify_onnx(file, model, [x[:2], x[2:4]]).rows == 5
-    assert verify_onnx(file, model, [{"x": x, "labels": y}]).batches == (1, 6)
-    assert verify_onnx(file, model, (batch for batch in x.split(2)), max_batches=1).batches == (1, 2)
+    assert verify_onnx(file, model, loader).batches == (1, 2, 3, 4)
+    assert verify_onnx(file, model, [x[:2], x[2:4]]).rows == 2 + 1 + 3 + 2
+    assert verify_onnx(file, model, [{"x": x, "labels": y}]).batches == (1, 3, 6)
+    assert verify_onnx(file, model, (batch for batch in x.split(2)), max_batches=1).batches == (1, 2, 3)
     assert verify_onnx(file, model, example_inputs=x).passed
 
 
@@ -89,7 +90,7 @@ def test_bad_files_and_inputs(file: Path, model: Net, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no such ONNX file"):
         verify_onnx(tmp_path / "no.onnx", model, torch.randn(2, 4))
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
-    with pytest.raises(ExportError, match="cannot open the file"):
+    with pytest.raises(ExportError, match="bad.onnx: cannot be read as an ONNX file"):
         verify_onnx(tmp_path / "bad.onnx", model, torch.randn(2, 4))
     with pytest.raises(InputError, match=r"x: an input that the ONNX file does not take .*float32\[2, 5\]"):
         verify_onnx(file, model, torch.randn(2, 5))
@@ -148,7 +149,7 @@ def test_other_rows_of_whole_numbers_are_the_same_numbers() -> None:
 def test_batches_without_rows_compare_nothing(file: Path, model: Net) -> None:
     with pytest.raises(InputError, match="batches without rows"):
         verify_onnx(file, model, [torch.zeros(0, 4)])
-    assert verify_onnx(file, model, [torch.randn(2, 4), torch.zeros(0, 4)]).rows == 3
+    assert verify_onnx(file, model, [torch.randn(2, 4), torch.zeros(0, 4)]).rows == 2 + 1 + 3
 
 
 @pytest.mark.parametrize("scheme", ["float32", "dynamic"])
@@ -181,7 +182,7 @@ def test_labels_that_the_forward_could_take_are_left_out(tmp_path: Path) -> None
             return x * 2
 
     path = export_onnx(Lossy(), torch.randn(2, 3), tmp_path / "m.onnx", benchmark=False).path
-    assert verify_onnx(path, Lossy(), [{"labels": torch.zeros(4), "x": torch.randn(4, 3), "id": "a"}]).rows == 5
+    assert verify_onnx(path, Lossy(), [{"labels": torch.zeros(4), "x": torch.randn(4, 3), "id": "a"}]).rows == 4 + 1 + 3
 
 
 def test_what_the_model_raises_is_an_input_error(file: Path) -> None:
@@ -194,7 +195,7 @@ def test_what_the_model_raises_is_an_input_error(file: Path) -> None:
 
 
 def test_labels_may_be_anything(file: Path, model: Net) -> None:
-    assert verify_onnx(file, model, [(torch.randn(2, 4), ["cat", "dog"])]).rows == 3
+    assert verify_onnx(file, model, [(torch.randn(2, 4), ["cat", "dog"])]).labelled == 0
 
 
 def test_options_that_make_no_sense(file: Path, model: Net) -> None:
@@ -207,3 +208,206 @@ def test_options_that_make_no_sense(file: Path, model: Net) -> None:
     for path in paths:
         with pytest.raises(ExportError, match="no such ONNX file"):
             verify_onnx(path, model, torch.randn(2, 4))
+
+
+def test_accuracy_is_told_where_there_are_labels(file: Path, model: Net) -> None:
+    x = torch.randn(40, 4)
+    with torch.no_grad():
+        labels = model(x)[1]
+    labels[:10] = (labels[:10] + 1) % 3
+    labels[-2:] = -100  # not known
+    result = verify_onnx(file, model, [(x[:20], labels[:20]), (x[20:], labels[20:])], max_drop=0.0)
+    assert (result.labelled, result.accuracy, result.reference_accuracy) == (38, 28 / 38, 28 / 38)
+    assert "accuracy on 38 labelled rows: 73.68%" in str(result)
+    assert json.loads(json.dumps(result.to_dict()))["accuracy"] == 28 / 38
+    named = verify_onnx(file, model, [{"x": x, "labels": labels}])
+    assert named.labelled == 38
+    with pytest.raises(InputError, match=r"a label past the last class .*found: 3; expected: 0 to 2"):
+        verify_onnx(file, model, [(x, labels + 1)])
+    for other in (labels.float(), labels[:, None], labels[:3]):
+        assert verify_onnx(file, model, [(x, other)]).accuracy is None
+
+
+def test_a_drop_of_accuracy_gates(file: Path, model: Net) -> None:
+    other = Net()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        other.fc.bias += torch.tensor([0.3, 0.0, -0.3])
+    x = torch.randn(200, 4)
+    with torch.no_grad():
+        labels = other(x)[1]
+    loose = Tolerance(relative=None, agreement=0.0)
+    kept = verify_onnx(file, other, [(x, labels)], tolerance=loose)
+    assert kept.reference_accuracy == 1
+    assert kept.accuracy is not None
+    assert 0.5 < kept.accuracy < 1
+    assert kept.accuracy == pytest.approx((model(x)[1] == labels).float().mean().item())
+    with pytest.raises(ExportMismatch, match=r"found: accuracy \d\d.*a drop of at most 1.00%"):
+        verify_onnx(file, other, [(x, labels)], tolerance=loose, max_drop=0.01)
+    with pytest.raises(ExportMismatch, match="found: top-1 agreement"):
+        verify_onnx(file, other, [x], tolerance=loose, max_drop=0.01)
+    assert verify_onnx(file, other, [x], tolerance=loose, max_drop=0.5).passed
+    for bad in (-0.1, 1.5, float("nan")):
+        with pytest.raises(InputError, match="max_drop"):
+            verify_onnx(file, other, [x], max_drop=bad)
+
+
+def test_max_drop_needs_classes(tmp_path: Path) -> None:
+    path = export_onnx(nn.Conv2d(1, 2, 1), torch.randn(1, 1, 4, 4), tmp_path / "m.onnx", benchmark=False).path
+    with pytest.raises(InputError, match="max_drop is about classes"):
+        verify_onnx(path, nn.Conv2d(1, 2, 1), torch.randn(2, 1, 4, 4), tolerance=1e9, max_drop=0.1)
+
+
+def measured(reference: np.ndarray[Any, Any], found: np.ndarray[Any, Any], limits: Tolerance) -> OutputError:
+    tally = Tally("output")
+    tally.add(reference, found, Path("m.onnx"))
+    return tally.result(limits)
+
+
+def test_top1_is_asked_of_many_rows_only() -> None:
+    reference = np.random.default_rng(0).normal(size=(100, 10))
+    found = reference.copy()
+    found[:20] = found[:20, ::-1]
+    limits = Tolerance(relative=None, top1=0.9)
+    many = measured(reference, found, limits)
+    assert not many.passed
+    assert many.missed == (("top-1 agreement 80.0%", "at least 90.0%"),)
+    assert measured(reference[:49], found[:49], limits).passed
+    assert many.top5 is not None
+    assert 0.8 < many.top5 < 1
+    assert measured(reference, found, Tolerance(relative=None, top1=0.9, max_drop=0.3)).passed
+
+
+def test_the_99th_percentile_bounds_the_errors() -> None:
+    reference = np.zeros((10, 1000))
+    found = np.random.default_rng(0).normal(size=reference.shape)
+    exact = float(np.percentile(np.abs(found), 99))
+    assert exact <= measured(reference, found, Tolerance()).p99_abs <= exact * 1.03
+    found[:, 5:] = 0
+    assert measured(reference, found, Tolerance()).p99_abs == 0
+    assert measured(reference, reference, Tolerance()).p99_abs == 0
+
+
+def test_denormals_count_as_zero() -> None:
+    tiny = np.full((2, 3), 1e-35, dtype=np.float32)
+    flushed = measured(tiny, np.zeros_like(tiny), Tolerance(relative=1e-3, cosine=0.99))
+    assert flushed.passed
+    assert flushed.relative == 0
+    assert not measured(np.full((2, 3), 1e-20), np.zeros((2, 3)), Tolerance(relative=1e-3)).passed
+
+
+def test_nan_in_both_is_no_number_either() -> None:
+    same = np.array([[1.0, np.nan]])
+    assert measured(same, same, Tolerance(relative=1e9)).missed[0][0] == "NaN from the PyTorch model"
+
+
+def test_a_model_that_is_random_in_eval_mode_is_not_blamed_on_the_file(file: Path) -> None:
+    class Noisy(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.noise = nn.Module()
+            self.noise.forward = lambda x: nn.functional.dropout(x, 0.5, training=True)  # type: ignore[method-assign]
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return super().forward(self.noise(x))
+
+    with pytest.raises(ModelError, match="gives other values on the same inputs") as raised:
+        verify_onnx(file, Noisy(), torch.randn(4, 4))
+    assert raised.value.path == "noise"
+
+
+def test_a_file_that_is_random_is_said(tmp_path: Path) -> None:
+    text = (
+        '<ir_version: 9, opset_import: ["": 18]> g (float[N, 3] input) => (float[N, 3] output) '
+        "{ noise = RandomNormalLike(input) output = Add(input, noise) }"
+    )
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "noisy.onnx")
+    with pytest.raises(ExportMismatch, match="the file gives other values each time"):
+        verify_onnx(tmp_path / "noisy.onnx", nn.Identity(), torch.randn(4, 3))
+    result = verify_onnx(tmp_path / "noisy.onnx", nn.Identity(), torch.randn(4, 3), tolerance=1e9)
+    assert "'output' differs by up to" in result.notes[0]
+
+
+def test_open_height_and_width_are_run_at_other_sizes(tmp_path: Path) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.conv(x).mean((2, 3)))
+
+    class OfOneSize(Pooled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[2] * x.shape[3] != 64:
+                raise ValueError("eight by eight")
+            return super().forward(x)
+
+    path, net, x = tmp_path / "open.onnx", Pooled().eval(), torch.randn(2, 3, 8, 8)
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    torch.onnx.export(net, (x,), path, dynamo=True, dynamic_shapes=(sizes,), verbose=False, external_data=False)
+    result = verify_onnx(path, net, x)
+    assert result.shapes == ((2, 3, 8, 8), (1, 3, 8, 8), (3, 3, 8, 8), (2, 3, 4, 4), (2, 3, 12, 8))
+    strict = OfOneSize().eval()
+    strict.load_state_dict(net.state_dict())
+    result = verify_onnx(path, strict, x)
+    assert len(result.shapes) == 3
+    assert result.notes[0].startswith("the model does not take float32[2, 3, 4, 4]")
+
+
+def test_a_file_of_one_batch_gets_all_rows(tmp_path: Path) -> None:
+    net = nn.Linear(4, 3)
+    path = export_onnx(net, torch.randn(2, 4), tmp_path / "m.onnx", dynamic=False, benchmark=False).path
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    result = verify_onnx(path, net, [(torch.randn(5, 4), labels)])
+    assert (result.batches, result.rows, result.labelled) == ((2,), 4, 4)
+    result = verify_onnx(path, net, [(torch.randn(1, 4), labels[:1])])
+    assert (result.rows, result.labelled) == (2, 1)
+
+
+def test_a_broken_file_is_an_export_error_that_names_it(file: Path, model: Net, tmp_path: Path) -> None:
+    whole, broken, x = file.read_bytes(), tmp_path / "broken.onnx", torch.randn(4, 4)
+    for kept in (0, 1, len(whole) // 3, len(whole) - 20, len(whole) - 1):
+        broken.write_bytes(whole[:kept])
+        with pytest.raises(ExportError, match=r"broken\.onnx"):
+            verify_onnx(broken, model, x)
+    numbers = np.random.default_rng(0)
+    refused = 0
+    for place in numbers.integers(len(whole) * 8, size=60):
+        turned = bytearray(whole)
+        turned[place // 8] ^= 1 << (place % 8)
+        broken.write_bytes(turned)
+        try:
+            verify_onnx(broken, model, x)
+        except (ExportError, InputError):  # a bit in a name of an input, or in a shape, makes another file
+            refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize(
+    ("body", "scheme"),
+    [
+        ("y = Relu(x)", "float32"),
+        ("q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) y = Relu(d)", "static"),
+        ("a, b, c = DynamicQuantizeLinear(x) i = MatMulInteger(a, w, c) f = Cast<to=1>(i) y = Mul(f, b)", "dynamic"),
+        ("m = ReduceMax<keepdims=0>(x) q = QuantizeLinear(x, m, z) d = DequantizeLinear(q, m, z) y = Relu(d)", "dynamic"),
+        ("v = DequantizeLinear(w, s, z) y = MatMul(x, v)", "weight_only"),
+        ("v = DequantizeLinear(w, s, z) t = Transpose(v) q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) "
+         "y = MatMul(d, t)", "static"),
+        ("v = DequantizeLinear(w, s, z) h = MatMul(x, v) a, b, c = DynamicQuantizeLinear(h) "
+         "d = DequantizeLinear(a, b, c) y = Relu(d)", "mixed"),
+    ],
+)  # fmt: skip
+def test_the_scheme_is_told_from_the_nodes(body: str, scheme: str, tmp_path: Path) -> None:
+    text = (
+        '<ir_version: 9, opset_import: ["": 18]> g (float[N, 4] x) => (float[N, 4] y) '
+        f"<float s = {{0.1}}, uint8 z = {{0}}, uint8[4, 4] w = {{{', '.join('1' * 16)}}}> {{ {body} }}"
+    )
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    assert scheme_of(tmp_path / "m.onnx") == scheme
+    assert scheme in TOLERANCES
+
+
+def test_a_scheme_of_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="cannot be read"):
+        scheme_of(tmp_path / "no.onnx")

@@ -54,6 +54,9 @@ if TYPE_CHECKING:
         TorchTrimWarning,
         TraceError,
     )
+    from torchtrim.export.compare import Tolerance
+    from torchtrim.export.explain import Explanation, explain_onnx
+    from torchtrim.export.layers import LayerComparison, compare_layers
     from torchtrim.export.onnx import ExportReport, export_onnx
     from torchtrim.export.verify import Verification, verify_onnx
     from torchtrim.graph.paths import find
@@ -128,6 +131,9 @@ _HOME = {
         "TorchTrimWarning",
         "TraceError",
     ),
+    "export.compare": ("Tolerance",),
+    "export.explain": ("Explanation", "explain_onnx"),
+    "export.layers": ("LayerComparison", "compare_layers"),
     "export.onnx": ("ExportReport", "export_onnx"),
     "export.verify": ("Verification", "verify_onnx"),
     "graph.paths": ("find",),
@@ -181,6 +187,7 @@ __all__ = [
     "EditError",
     "EditTooNew",
     "EditUntrusted",
+    "Explanation",
     "ExportError",
     "ExportMismatch",
     "ExportReport",
@@ -194,6 +201,7 @@ __all__ = [
     "History",
     "InputError",
     "Insert",
+    "LayerComparison",
     "MagnitudePruner",
     "MissingDependency",
     "ModelError",
@@ -221,6 +229,7 @@ __all__ = [
     "Summary",
     "Synced",
     "TeacherCache",
+    "Tolerance",
     "TorchTrimError",
     "TorchTrimWarning",
     "TraceError",
@@ -231,8 +240,10 @@ __all__ = [
     "attach_head",
     "benchmark",
     "cluster_weights",
+    "compare_layers",
     "cut",
     "delete_channels",
+    "explain_onnx",
     "export_onnx",
     "find",
     "find_lr",

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from torchtrim import cli_bench, cli_edits, cli_prune, cli_recipes, cli_sparsify
+from torchtrim import cli_bench, cli_edits, cli_prune, cli_recipes, cli_sparsify, cli_verify
 from torchtrim.cli_options import (
     EXIT_CODES,
     Debug,
@@ -169,29 +169,6 @@ def export(
 
 
 @app.command(epilog=EXIT_CODES)
-def verify(
-    file: Annotated[Path, typer.Argument(metavar="FILE.onnx")],
-    model: Model,
-    input: InputShapes = None,
-    pretrained: Pretrained = False,
-    weights: Weights = None,
-    seed: Seed = 0,
-    trust: Trust = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Run an ONNX file against its model, on random inputs at batch 1 and another; exit code 3 where they disagree.
-
-    Example: torchtrim verify resnet18.onnx timm:resnet18 --pretrained
-    """
-    import torchtrim as tt
-
-    named = load_named(model, pretrained, weights, seed, trust)
-    # Another seed than the one an export was checked with.
-    show(tt.verify_onnx(file, named.model, example_inputs=example(named, input, seed + 1, batch=3)), json)
-
-
-@app.command(epilog=EXIT_CODES)
 def size(
     models: Annotated[
         list[str],
@@ -226,6 +203,7 @@ cli_edits.add_commands(app)
 cli_prune.add_commands(app)
 cli_sparsify.add_commands(app)
 cli_recipes.add_commands(app)
+cli_verify.add_commands(app)
 
 
 @app.command(epilog=EXIT_CODES)

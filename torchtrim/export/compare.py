@@ -65,18 +65,25 @@ class Tolerance:
         return Tolerance(relative=float(tolerance))
 
 
-# The int8 schemes are held to directions and choices, since a largest error says little of rounded weights.
-_INT8 = Tolerance(relative=None, cosine=0.98, top1=0.85)
+# Int8 is held to directions and choices, since a largest error says little of rounded weights. The limits lie between
+# what was measured on files that keep the accuracy of their model and on those that do not, on an AVX2 processor
+# (ResNet-20 on 1,000 CIFAR-10 pictures, EfficientNet-Lite0 on 200 ImageNet pictures; cosine, top-1 agreement):
+#   float32  1e-6 relative      fp16  6e-4 and 6e-3 relative
+#   dynamic, products           0.9999, 99.9 % and 1.0000, 100 %
+#   static, 7-bit weights       0.9990, 98.8 % and 0.979, 97.5 %: the accuracy is that of the model
+#   static, 8-bit weights       0.9884, 96.0 % and 0.916, 88.7 %: sums that saturate cost 0.8 and 5 points
+_STATIC = Tolerance(relative=None, cosine=0.95, top1=0.9)
+_DYNAMIC = Tolerance(relative=None, cosine=0.98, top1=0.95)
 TOLERANCES = {
     "float32": Tolerance(relative=1e-3),
     "float64": Tolerance(relative=1e-3),
     "fp16": Tolerance(relative=2e-2),
-    "bf16": Tolerance(relative=1e-1),
-    "dynamic": _INT8,
-    "static": _INT8,
-    "weight_only": _INT8,
-    "mixed": _INT8,
-    "auto": _INT8,
+    "bf16": Tolerance(relative=1e-1),  # 8 times as coarse as fp16
+    "dynamic": _DYNAMIC,
+    "static": _STATIC,
+    "weight_only": Tolerance(relative=None, cosine=0.98, top1=0.9),  # 4 bits are coarse; activations are floats
+    "mixed": _STATIC,
+    "auto": _STATIC,
 }
 
 

@@ -143,4 +143,3 @@ class Judge:
         if self._data.labelled:
             return self._data.labelled_comparison()
         return ((feed, None) for feed in self._data.comparison())
-

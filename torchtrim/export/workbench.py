@@ -220,17 +220,13 @@ class Workbench:
         """Int8 or int4 weights, float arithmetic."""
         path = self.place(name)
         form = "nbits" if self.target.name in ("cpu", "cuda") else "qdq"
-        count = quantize_weights(
-            self.prepared, path, bits=self.options.bits, block=self.options.block, form=form
-        )
+        count = quantize_weights(self.prepared, path, bits=self.options.bits, block=self.options.block, form=form)
         return self._built(name, "weight_only", path, count)
 
     def half(self, *, name: str = "fp16") -> Built:
         """Float16."""
         path = self.place(name)
-        to_float16(
-            self.plain, path, half_io=self.options.half_io, external_data=self.external, target=self.target.name
-        )
+        to_float16(self.plain, path, half_io=self.options.half_io, external_data=self.external, target=self.target.name)
         return self._built(name, "fp16", path, 0)
 
     def brain(self, *, name: str = "bf16") -> Built:
