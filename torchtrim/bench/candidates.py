@@ -9,10 +9,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from torchtrim.bench.session import OnnxSession
@@ -69,23 +68,6 @@ class Runner:
     kind: str
     provider: str
     run: Callable[[], object]
-
-
-class Session(Protocol):
-    """A file that is open in some runtime."""
-
-    @property
-    def provider(self) -> str:
-        """What it runs on."""
-
-    def feed(self, inputs: Inputs, *, cast: bool = False) -> dict[str, NDArray[Any]]:
-        """The file's inputs from the forward's arguments."""
-
-    def run(self, feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """The outputs."""
-
-    def random_inputs(self, batch: int = 1) -> Inputs:
-        """Inputs made up from the file's own description."""
 
 
 def name_of(candidate: Candidate) -> str:
@@ -147,7 +129,7 @@ def inputs_for(
     raise InputError("a model needs example inputs to be measured", hint="pass example_inputs as the second argument")
 
 
-def open_file(file: OnnxFile, threads: int | None) -> Session:
+def open_file(file: OnnxFile, threads: int | None) -> OnnxSession:
     """An ONNX file, open on the provider it names.
 
     Raises:
@@ -156,8 +138,8 @@ def open_file(file: OnnxFile, threads: int | None) -> Session:
     """
     if file.runtime == OPENVINO:
         runtime = importlib.import_module("torchtrim.bench.openvino_session")
-        opened: Session = runtime.open_session(file.path, providers=[OPENVINO], threads=threads)
-        return opened
+        elsewhere: OnnxSession = runtime.open_session(file.path, providers=[OPENVINO], threads=threads)
+        return elsewhere
     session = OnnxSession(file.path, providers=[file.runtime], threads=threads)
     if session.provider != file.runtime:
         raise ExportError(
@@ -190,7 +172,7 @@ def opened(
         session = open_file(candidate, threads)
         feed = session.feed(inputs, cast=True)
         kind = "openvino" if candidate.runtime == OPENVINO else "onnxruntime"
-        run_file = session.bound(feed) if isinstance(session, OnnxSession) else lambda: session.run(feed)
+        run_file = session.bound(feed)
         run_file()
         return Runner(kind, session.provider, run_file)
     if not isinstance(candidate, nn.Module):

@@ -154,9 +154,12 @@ class Benchmark:
         by_batch = len(self.batches) > 1
         counts = self.thread_counts
         drawn = figure(4.5 * len(counts) + 1, 3.4 if by_batch else 1.2 + 0.4 * len(self.names))
-        for axis, threads in zip(drawn.subplots(1, len(counts), squeeze=False, sharey=True)[0], counts, strict=True):
+        axes = drawn.subplots(1, len(counts), squeeze=False, sharey=True)[0]
+        for axis, threads in zip(axes, counts, strict=True):
             axis.set_title(f"{threads} thread{'s' * (threads != 1)}")
             (self._throughput if by_batch else self._latency)(axis, threads)
+        if by_batch:
+            axes[0].set_ylim(bottom=0)
         return written(drawn, path)
 
     def _latency(self, axis: Any, threads: int) -> None:
@@ -179,7 +182,6 @@ class Benchmark:
             axis.errorbar(self.batches, rates, yerr=[below, above], marker="o", markersize=3, capsize=3, label=name)
         axis.set_xscale("log", base=2)
         axis.set_xticks(self.batches, [str(batch) for batch in self.batches])
-        axis.set_ylim(bottom=0)
         axis.set(xlabel="batch", ylabel="rows a second")
         axis.legend(frameon=False)
 

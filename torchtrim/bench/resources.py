@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from torchtrim.bench.candidates import OPENVINO, OnnxFile, is_compiled, open_file, working_copy
-from torchtrim.bench.session import OnnxSession
 from torchtrim.graph.inputs import Inputs
 
 _LIMIT = 600  # seconds a candidate may take to load and run
@@ -114,7 +113,10 @@ def _hand_over(
             sent = working_copy(name, candidate, inputs).eval()
         torch.save(sent, folder / "candidate")
         kinds = [type(each) for each in sent.modules()] if isinstance(sent, nn.Module) else [sent]
-        order["imports"] = sorted({getattr(kind, "__module__", "") or "" for kind in kinds} - {"", "__main__"})
+        places = {getattr(kind, "__module__", "") or "" for kind in kinds} - {""}
+        if "__main__" in places:
+            raise TypeError("its code is in the script that runs, not in a module that can be imported")
+        order["imports"] = sorted(places)
     torch.save(inputs, folder / "inputs")
     (folder / "order").write_text(json.dumps(order), encoding="utf-8")
 
@@ -162,8 +164,7 @@ _LIBRARIES = {
 
 def _file_ready(folder: Path, order: dict[str, Any], inputs: Inputs) -> Callable[[], object]:
     session = open_file(OnnxFile(order["path"], order["provider"]), order["threads"])
-    feed = session.feed(inputs, cast=True)
-    return session.bound(feed) if isinstance(session, OnnxSession) else lambda: session.run(feed)
+    return session.bound(session.feed(inputs, cast=True))
 
 
 def _model_ready(folder: Path, order: dict[str, Any], inputs: Inputs) -> Callable[[], object]:
