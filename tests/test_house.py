@@ -22,11 +22,18 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # From the top floor down. A file imports from its own floor and from those below.
 FLOORS = [
-<<<<<<< HEAD
-    ("cli", "cli_bench", "cli_edits", "cli_options", "cli_prune", "cli_recipes", "cli_sparsify", "demo", "__main__"),
-=======
-    ("cli", "cli_edits", "cli_options", "cli_prune", "cli_recipes", "cli_sparsify", "cli_verify", "demo", "__main__"),
->>>>>>> q6verify
+    (
+        "cli",
+        "cli_bench",
+        "cli_edits",
+        "cli_options",
+        "cli_prune",
+        "cli_recipes",
+        "cli_sparsify",
+        "cli_verify",
+        "demo",
+        "__main__",
+    ),
     ("recipe",),
     ("models",),
     ("report",),

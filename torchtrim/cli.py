@@ -28,7 +28,6 @@ from torchtrim.cli_options import (
     Trust,
     Weights,
     check_out,
-    example,
     load,
     load_named,
     show,

@@ -1,4 +1,4 @@
-"""`quantize="auto"`: try what makes sense for the model and the target, measure each, keep the fastest that is right."""
+"""`quantize="auto"`: what makes sense for model and target is tried and measured; the fastest that is right stays."""
 
 from __future__ import annotations
 

@@ -10,6 +10,19 @@ from dataclasses import dataclass
 import onnx
 
 _PRODUCTS = ("MatMul", "Gemm")
+# What ONNX Runtime makes part of a layer.
+_ABSORBED = (
+    "Add",
+    "BatchNormalization",
+    "Clip",
+    "Gelu",
+    "HardSigmoid",
+    "HardSwish",
+    "LeakyRelu",
+    "Mul",
+    "Relu",
+    "Sigmoid",
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +50,9 @@ def kinds_of(graph: onnx.GraphProto, times: Mapping[str, float]) -> list[Kind]:
 
     Args:
         graph: Of a prepared file, with its shapes.
-        times: Milliseconds of nodes by name, as the profiler gives them: a fused node goes by a name that begins with
-            that of the node it does the work of.
+        times: Milliseconds of nodes by name, as the profiler gives them. A fused node goes by a name that begins with
+            that of the node it does the work of, or of what it gives: a convolution with the activation after it by
+            that activation's output.
     """
     weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     shapes = _shapes(graph)
@@ -50,7 +64,7 @@ def kinds_of(graph: onnx.GraphProto, times: Mapping[str, float]) -> list[Kind]:
             elif node.op_type in _PRODUCTS:
                 groups[_product(node, weights[node.input[1]]), True].append(node.name)
     total = sum(times.values()) or 1.0
-    spent = _spent({name for nodes in groups.values() for name in nodes}, times)
+    spent = _spent(_known_as(graph, {name for nodes in groups.values() for name in nodes}), times)
     kinds = [
         Kind(name, product, tuple(nodes), sum(spent[node] for node in nodes) / total)
         for (name, product), nodes in groups.items()
@@ -86,13 +100,29 @@ def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int | None, ...]]:
     return found
 
 
-def _spent(nodes: set[str], times: Mapping[str, float]) -> dict[str, float]:
-    """The time of each node: a profile's name is cut at its separators until it is that of a node."""
-    spent = dict.fromkeys(nodes, 0.0)
+def _known_as(graph: onnx.GraphProto, layers: set[str]) -> dict[str, str]:
+    """The layer that a name stands for: its own, those of its outputs, and of what activations after it give."""
+    layer_of: dict[str, str] = {}
+    for node in graph.node:
+        if node.name in layers:
+            owner: str | None = node.name
+            layer_of[node.name] = node.name
+        elif node.op_type in _ABSORBED:
+            owner = next((layer_of[name] for name in node.input if name in layer_of), None)
+        else:
+            continue
+        if owner is not None:
+            layer_of |= dict.fromkeys(node.output, owner)
+    return layer_of
+
+
+def _spent(layer_of: Mapping[str, str], times: Mapping[str, float]) -> dict[str, float]:
+    """The time of each layer: a profile's name is cut at its separators until it stands for one."""
+    spent = dict.fromkeys(layer_of.values(), 0.0)
     for name, ms in times.items():
         stem = name
-        while stem and stem not in spent:
+        while stem and stem not in layer_of:
             stem = re.sub(r"[_/ ]?[^_/ ]*$", "", stem)
         if stem:
-            spent[stem] += ms
+            spent[layer_of[stem]] += ms
     return spent

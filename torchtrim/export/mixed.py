@@ -150,8 +150,7 @@ def _build(
     nodes: dict[str, list[str]] = {STATIC: [], DYNAMIC: [], FLOAT: []}
     for kind in kinds:
         nodes[choice[kind.name]] += [node for node in kind.nodes if node not in left]
-    how = {} if method is None else {"method": method}
-    return bench.mixed(nodes[STATIC], nodes[DYNAMIC], **how)
+    return bench.mixed(nodes[STATIC], nodes[DYNAMIC], method=method)
 
 
 def _worst_first(bench: Workbench, path: Path, feed: Feed) -> list[str]:

@@ -98,7 +98,7 @@ def export_onnx(
         target: `cpu`, `openvino`, `cuda` or `tensorrt`. For the GPU targets every node is one that the provider has a
             kernel for. The file runs where the target is installed, and on the CPU elsewhere, which the report says.
         quantize: A scheme; None: float32, and fp16 for GPUs.
-        data: Batches (tensors, `(inputs, targets)` pairs, dicts) to calibrate and to compare on. The example by default,
+        data: Batches (tensors, `(inputs, targets)` pairs, dicts) to calibrate and compare on. The example by default,
             on which nothing can be calibrated. With integer targets, accuracy is compared.
         dynamic: Whether the file takes any batch size; False for that of the example only. The batch is the first
             dimension of the first tensor that has one, and of the others where they have the same size there.
@@ -202,7 +202,7 @@ def export_onnx(
         # A file that was calibrated is not compared on what it was calibrated on.
         compared = inputs if data is None else data if spooled is None else [*batches_of(spooled, given, names.inputs)]
         say("comparing with PyTorch")
-        about = {"torch.version": torch.__version__}
+        about = {"torch.version": str(torch.__version__)}
         converted, verification = proven(converted, bench, destination, copied, compared, limits, provider, about)
         final, notes = converted.built.path, [*notes, *converted.notes]
         quantized = converted.built.nodes

@@ -80,8 +80,8 @@ class Selection:
                     "-" if tried.ratio is None else f"{tried.ratio:.2f}",
                     interval,
                     "-" if tried.agreement is None else f"{tried.agreement.cosine:.4f}",
-                    _percent(tried.agreement and tried.agreement.top1),
-                    _percent(tried.agreement and tried.agreement.accuracy),
+                    _percent(None if tried.agreement is None else tried.agreement.top1),
+                    _percent(None if tried.agreement is None else tried.agreement.accuracy),
                     f"{tried.seconds:.1f}",
                     tried.why,
                 )

@@ -191,20 +191,22 @@ class Workbench:
         )
         return self._built(name, "static", path, count)
 
-    def mixed(self, static: Collection[str], dynamic: Collection[str], *, name: str = "mixed", **how: str) -> Built:
+    def mixed(
+        self, static: Collection[str], dynamic: Collection[str], *, name: str = "mixed", method: str | None = None
+    ) -> Built:
         """Some nodes in static int8, others in dynamic int8, the rest in float.
 
         Args:
             static: The names of the static ones.
             dynamic: The names of the dynamic ones.
             name: What to call it.
-            how: `method`, as in `static`.
+            method: How ranges are chosen; the user's by default.
         """
         if not dynamic:
-            return self._renamed(self.static(static, name=name, **how), "mixed")
+            return self._renamed(self.static(static, name=name, method=method), "mixed")
         if not static:
             return self._renamed(self.dynamic(dynamic, name=name), "mixed")
-        first = self.static(static, name=name, **how)
+        first = self.static(static, name=name, method=method)
         path = self.place(name)
         count = quantize_dynamic(
             first.path,
