@@ -187,7 +187,7 @@ def test_values_that_are_no_numbers_are_counted_and_left_out() -> None:
 
 
 def test_bad_calibration(path: Path) -> None:
-    with pytest.raises(ExportError, match="no such tensors.*'q'"):
+    with pytest.raises(ExportError, match=r"no such tensors.*'q'"):
         calibrate(path, feeds(pictures(1)), ["q"])
     with pytest.raises(InputError, match="nothing to calibrate on"):
         calibrate(path, [], ["r"])

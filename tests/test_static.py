@@ -29,8 +29,6 @@ from torchtrim.export.prepare import prepare
 from torchtrim.export.static import calibration_tensors, quantize_static
 from torchtrim.graph.inputs import Inputs
 
-MODELS = ("test_efficientnet", "test_vit")
-
 
 class Residual(nn.Module):
     """A small residual network: conv, add, pool, means, linear."""
@@ -106,7 +104,7 @@ def exactly(path: Path, feed: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     folder = tmp_path_factory.mktemp("static")
-    return {name: Case(name, folder) for name in ("residual", "resnet18", *MODELS)}
+    return {name: Case(name, folder) for name in ("residual", "resnet18", "test_efficientnet")}
 
 
 @pytest.fixture
@@ -140,7 +138,7 @@ def test_prepared_file_computes_the_same(cases: dict[str, Case]) -> None:
     assert kinds(onnx.load(cases["residual"].path).graph)["GlobalAveragePool"] == 1
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["residual", "test_efficientnet"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -154,7 +152,7 @@ def test_prepared_file_computes_the_same(cases: dict[str, Case]) -> None:
 )
 def test_int8_agrees_with_float(cases: dict[str, Case], name: str, options: dict[str, Any]) -> None:
     _, path, count = cases[name].quantized(**options)
-    assert count >= 15
+    assert count >= 4
     assert cases[name].cosine(path) > 0.99
 
 
@@ -337,12 +335,39 @@ def test_bias_correction_helps_where_rounding_shifts_means(cases: dict[str, Case
     assert found.helped
 
 
-def test_bias_correction_of_matmul_and_its_add(cases: dict[str, Case], tmp_path: Path) -> None:
-    case = cases["test_vit"]
-    _, path, _ = case.quantized(reduce_range=True)
-    found = correct_biases(case.path, path, tmp_path / "corrected.onnx", case.data, groups=2)
-    assert found.corrected >= 24
-    assert found.after < 2 * found.before
+def products(path: Path) -> Path:
+    """MatMul, Add of a bias, Gelu, MatMul without one: as in transformers. Bad weights for one scale."""
+    rng = np.random.default_rng(0)
+    constants = {"w": rng.normal(size=(8, 8)) * np.geomspace(0.01, 1, 8), "b": rng.normal(size=8), "v": np.ones((8, 2))}
+    x, y = (
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 4, size])
+        for name, size in (("x", 8), ("y", 2))
+    )
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], name="first"),
+        helper.make_node("Add", ["b", "m"], ["a"], name="bias"),
+        helper.make_node("Gelu", ["a"], ["g"], name="gelu"),
+        helper.make_node("MatMul", ["g", "v"], ["y"], name="second"),
+    ]
+    weights = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+    return path
+
+
+def test_bias_correction_of_matmul_and_its_add(tmp_path: Path) -> None:
+    source, path = products(tmp_path / "source.onnx"), tmp_path / "prepared.onnx"
+    prepare(source, path)
+    rows = torch.rand(64, 4, 8, generator=torch.Generator().manual_seed(0)) + 0.5
+    data = CalibrationData.spool([rows], nn.Identity(), path, tmp_path / "data")
+    statistics = calibrate(path, data.calibration(), calibration_tensors(path))
+    quantized, corrected = tmp_path / "int8.onnx", tmp_path / "corrected.onnx"
+    assert quantize_static(path, quantized, statistics, per_channel=False, reduce_range=True) == 2
+    found = correct_biases(path, quantized, corrected, data)
+    assert (found.corrected, found.skipped) == (1, 1)
+    assert found.after < 0.8 * found.before
+    bias = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(corrected).graph.initializer}["b"]
+    assert bias.dtype == np.float32
 
 
 @pytest.mark.parametrize("options", [{"groups": 0}, {"rows": -1}, {"rows": 1.5}])
@@ -365,7 +390,5 @@ def test_bad_bias_correction(residual: Case, tmp_path: Path, options: dict[str, 
         ((), "Windows 11 AMD64", ("uint8", "int8", True)),
     ],
 )
-def test_format_for_a_processor(
-    instructions: tuple[str, ...], system: str, expected: tuple[str, str, bool]
-) -> None:
+def test_format_for_a_processor(instructions: tuple[str, ...], system: str, expected: tuple[str, str, bool]) -> None:
     assert best_format(Machine("cpu", 1, instructions, 1.0, None, system, "3.11", {})) == expected
