@@ -24,7 +24,7 @@ class Histogram:
         >>> histogram = Histogram()
         >>> histogram.add(np.array([0.0, 1.0]), 0.0, 1.0)
         >>> histogram.add(np.array([8.0]), 8.0, 8.0)
-        >>> int(histogram.counts.sum()), histogram.edges[0], bool(histogram.edges[-1] > 8)
+        >>> int(histogram.counts.sum()), float(histogram.edges[0]), bool(histogram.edges[-1] > 8)
         (3, 0.0, True)
     """
 

@@ -109,10 +109,9 @@ def quantize_static(
             f"ONNX Runtime cannot quantize this file: {type(error).__name__}: {error}", path=prepared.name
         ) from error
     written = quantizer.model.model
+    drop_needless_pairs(written.graph, chosen, rounded=not tensorrt)
     if tensorrt:
         pair_residuals(written.graph, residuals, ranges)
-    else:
-        drop_needless_pairs(written.graph, chosen)
     count = sum(node.name in chosen for node in written.graph.node)
     onnx.save(
         written,
@@ -159,7 +158,7 @@ def _plan(
     return chosen, residuals, list(dict.fromkeys([*(name for name in taken if name in known), *residuals.values()]))
 
 
-def drop_needless_pairs(graph: onnx.GraphProto, int8: Collection[str]) -> None:
+def drop_needless_pairs(graph: onnx.GraphProto, int8: Collection[str], *, rounded: bool = True) -> None:
     """Give float values to the float nodes that read them, and take out the pairs that nothing reads any more.
 
     A pair at what a float node gives is for the int8 readers only. A pair at what a Gemm or a MatMul gives is taken
@@ -168,6 +167,7 @@ def drop_needless_pairs(graph: onnx.GraphProto, int8: Collection[str]) -> None:
     Args:
         graph: A QDQ graph; changed in place.
         int8: The names of the nodes that compute in int8.
+        rounded: Whether float nodes read the rounded values of int8 nodes that cannot give floats.
     """
     makers = {name: node for node in graph.node for name in node.output}
     outputs = {value.name for value in graph.output}
@@ -185,7 +185,7 @@ def drop_needless_pairs(graph: onnx.GraphProto, int8: Collection[str]) -> None:
     kinds = {node.name: node.op_type for node in graph.node}
     for given, (taken, maker) in pairs.items():
         inside = any(reader.name in int8 for reader in readers[given])
-        if maker in int8 and (inside or kinds[maker] not in ("Gemm", "MatMul")):
+        if rounded and maker in int8 and (inside or kinds[maker] not in ("Gemm", "MatMul")):
             continue
         for reader in readers[given]:
             if reader.name not in int8:

@@ -1,0 +1,394 @@
+"""Static int8: what is quantized, how, and how near the float file it stays."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+import torchvision
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from torch import nn
+
+from torchtrim.bench.machine import Machine
+from torchtrim.bench.session import OnnxSession
+from torchtrim.errors import ExportError, InputError
+from torchtrim.export.bias_correction import correct_biases, output_error
+from torchtrim.export.calibration import Statistics, calibrate
+from torchtrim.export.calibration_data import CalibrationData
+from torchtrim.export.graph import names_for, write_float
+from torchtrim.export.int8_format import best_format
+from torchtrim.export.prepare import prepare
+from torchtrim.export.static import calibration_tensors, quantize_static
+from torchtrim.graph.inputs import Inputs
+
+
+class Residual(nn.Module):
+    """A small residual network: conv, add, pool, means, linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.a = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        self.b = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(self.stem(x), 2)
+        x = (self.b(self.a(x)) + x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def built(name: str) -> tuple[nn.Module, int]:
+    torch.manual_seed(0)
+    if name == "residual":
+        model: nn.Module = Residual()
+        size = 16
+    elif name == "resnet18":
+        model, size = torchvision.models.resnet18(num_classes=10), 64
+    else:
+        model = timm.create_model(name)
+        size = 160
+    model.train()
+    with torch.no_grad():
+        for _ in range(2):  # batch norms that are not as they were made
+            model(torch.randn(8, 3, size, size))
+    return model.eval(), size
+
+
+class Case:
+    """A model as a prepared file, data for it, and its calibration."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        model, size = built(name)
+        self.folder = folder
+        inputs = Inputs.of(torch.randn(2, 3, size, size))
+        self.source, self.path = folder / f"{name}.onnx", folder / f"{name}.prepared.onnx"
+        with torch.no_grad():
+            names = names_for(model, inputs, inputs.call(model), None, None)
+        write_float(model, inputs, self.source, names=names, dynamic=True, opset=None)
+        prepare(self.source, self.path)
+        data = torch.randn(16, 3, size, size) + torch.randn(16, 3, 1, 1)
+        self.data = CalibrationData.spool([data], model, self.path, folder / f"{name}.data")
+        tensors = calibration_tensors(self.path) + calibration_tensors(self.path, form="tensorrt")
+        self.statistics = calibrate(self.path, self.data.calibration(), tensors)
+
+    def quantized(self, **options: Any) -> tuple[onnx.ModelProto, Path, int]:
+        path = self.folder / "int8.onnx"
+        count = quantize_static(self.path, path, self.statistics, **options)
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=True)
+        return model, path, count
+
+    def cosine(self, path: Path) -> float:
+        feed = next(self.data.comparison())
+        one, other = (exactly(file, feed) for file in (self.path, path))
+        return float((one * other).sum() / np.sqrt((one**2).sum() * (other**2).sum()))
+
+
+def exactly(path: Path, feed: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """Run a file without fusion, so that what its numbers mean is told and not what a processor's kernels saturate."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, feed)[0], np.float64)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    folder = tmp_path_factory.mktemp("static")
+    return {name: Case(name, folder) for name in ("residual", "resnet18", "test_efficientnet")}
+
+
+@pytest.fixture
+def residual(cases: dict[str, Case]) -> Case:
+    return cases["residual"]
+
+
+def kinds(graph: onnx.GraphProto) -> Counter[str]:
+    return Counter(node.op_type for node in graph.node)
+
+
+def fused(path: Path) -> Counter[str]:
+    """What ONNX Runtime makes of a file."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path.with_suffix(".fused.onnx"))
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return kinds(onnx.load(options.optimized_model_filepath).graph)
+
+
+def test_prepared_file_computes_the_same(cases: dict[str, Case]) -> None:
+    for case in cases.values():
+        feed = next(case.data.comparison())
+        expected = OnnxSession(case.source).run(feed)[0]
+        assert OnnxSession(case.path).run(feed)[0] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        graph = onnx.load(case.path).graph
+        names = [node.name for node in graph.node]
+        assert all(names)
+        assert len(set(names)) == len(names)
+        assert "BatchNormalization" not in kinds(graph)
+    assert kinds(onnx.load(cases["residual"].path).graph)["GlobalAveragePool"] == 1
+
+
+@pytest.mark.parametrize("name", ["residual", "test_efficientnet"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduce_range": True},
+        {"weights": "uint8"},
+        {"activations": "int8", "method": "percentile"},
+        {"method": "mse"},
+        {"form": "tensorrt"},
+    ],
+    ids=str,
+)
+def test_int8_agrees_with_float(cases: dict[str, Case], name: str, options: dict[str, Any]) -> None:
+    _, path, count = cases[name].quantized(**options)
+    assert count >= 4
+    assert cases[name].cosine(path) > 0.99
+
+
+def test_resnet_agrees_and_its_tensorrt_form_too(cases: dict[str, Case]) -> None:
+    for options in ({"reduce_range": True}, {"form": "tensorrt"}):
+        _, path, count = cases["resnet18"].quantized(**options)
+        assert count >= 21
+        assert cases["resnet18"].cosine(path) > 0.99
+
+
+def test_file_is_smaller_and_runs_at_other_batch_sizes(cases: dict[str, Case]) -> None:
+    case = cases["resnet18"]
+    _, path, _ = case.quantized()
+    assert path.stat().st_size < 0.3 * case.path.stat().st_size
+    feed = next(case.data.comparison())
+    session = OnnxSession(path)
+    whole = session.run(feed)[0]
+    one = session.run({name: array[:1] for name, array in feed.items()})[0]
+    assert one == pytest.approx(whole[:1], rel=1e-3, abs=1e-3)
+
+
+def test_nothing_floats_between_int8_nodes(cases: dict[str, Case], residual: Case) -> None:
+    _, path, _ = residual.quantized()
+    found = fused(path)
+    assert found["QLinearConv"] == 3
+    assert found["QLinearAdd"] == found["QLinearGlobalAveragePool"] == found["QGemm"] == found["QuantizeLinear"] == 1
+    assert not found["DequantizeLinear"] + found["Relu"] + found["Conv"] + found["Add"]
+    _, path, _ = cases["test_efficientnet"].quantized()
+    found = fused(path)
+    assert found["QLinearSigmoid"] == found["QLinearMul"] == 13
+    assert not found["DequantizeLinear"] + found["Sigmoid"] + found["Mul"]
+
+
+def conv_names(case: Case) -> list[str]:
+    return [node.name for node in onnx.load(case.path).graph.node if node.op_type == "Conv"]
+
+
+def test_only_the_named_nodes_are_quantized(residual: Case) -> None:
+    names = conv_names(residual)
+    model, path, count = residual.quantized(nodes=names[1:2])
+    assert count == 1
+    quantized = fused(path)
+    assert quantized["QLinearConv"] == 1
+    makers = {name: node for node in model.graph.node for name in node.output}
+    weights = [makers.get(node.input[1]) for node in model.graph.node if node.op_type == "Conv"]
+    assert sum(maker is not None for maker in weights) == 1
+    # The float neighbours read floats: the residual add does not see the rounding of the convolution's input.
+    add = next(node for node in model.graph.node if node.op_type == "Add")
+    assert makers[add.input[1]].op_type == "MaxPool"
+
+
+def test_two_named_neighbours_share_what_is_between(residual: Case) -> None:
+    names = conv_names(residual)
+    _, path, count = residual.quantized(nodes=names[:2])
+    assert count == 3  # the MaxPool between them; the Relus went into the convolutions
+    found = fused(path)
+    assert found["QLinearConv"] == 2
+    assert found["QuantizeLinear"] == 1  # of the file's input only
+
+
+def test_no_nodes_leave_the_file_as_it_is(residual: Case) -> None:
+    model, path, count = residual.quantized(nodes=[])
+    assert count == 0
+    assert "QuantizeLinear" not in kinds(model.graph)
+    assert residual.cosine(path) == pytest.approx(1.0)
+
+
+def test_last_layer_gives_floats(residual: Case) -> None:
+    model, path, _ = residual.quantized()
+    last = next(node for node in model.graph.node if model.graph.output[0].name in node.output)
+    assert last.op_type == "Gemm"
+    outputs = OnnxSession(path).run(next(residual.data.comparison()))[0]
+    assert len(np.unique(outputs)) > 0.9 * outputs.size
+
+
+def test_weights_are_per_channel_and_in_seven_bits_where_asked(residual: Case) -> None:
+    for options, most, scales in (
+        ({}, 127, 8),
+        ({"reduce_range": True}, 64, 8),
+        ({"per_channel": False}, 127, 1),
+    ):
+        graph = residual.quantized(**options)[0].graph
+        tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        makers = {name: node for node in graph.node for name in node.output}
+        for node in graph.node:
+            if node.op_type == "Conv":
+                stored, scale = (tensors[name] for name in makers[node.input[1]].input[:2])
+                assert stored.dtype == np.int8
+                assert np.abs(stored.astype(int)).max() == most
+                assert scale.size == scales
+
+
+def test_tensorrt_form(cases: dict[str, Case]) -> None:
+    model, _, count = cases["resnet18"].quantized(form="tensorrt")
+    graph = model.graph
+    assert model.opset_import[0].version >= 13
+    assert count == 21
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    readers = Counter(name for node in graph.node for name in node.input)
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            zero = tensors[node.input[2]]
+            assert zero.dtype == np.int8
+            assert not zero.any()
+            assert readers[node.output[0]] == 1  # nothing shares a pair
+        if node.op_type in ("Conv", "Gemm"):
+            assert [makers[name].op_type for name in node.input[:2]] == ["DequantizeLinear"] * 2
+            assert tensors[makers[node.input[1]].input[1]].size == tensors[node.input[2]].size  # a scale a channel
+            assert tensors[node.input[2]].dtype == np.float32
+        if node.op_type == "Relu":
+            assert makers[node.input[0]].op_type in ("Conv", "Add")  # nothing in the way of fusion
+        if node.op_type == "Add":
+            assert sorted(makers[name].op_type for name in node.input) == ["Conv", "DequantizeLinear"]
+
+
+def test_methods_give_other_scales_from_one_calibration(residual: Case) -> None:
+    first = {}
+    for method in ("minmax", "percentile", "mse", "entropy"):
+        graph = residual.quantized(method=method)[0].graph
+        tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        quantize = next(node for node in graph.node if node.op_type == "QuantizeLinear")
+        first[method] = float(tensors[quantize.input[1]])
+    assert len(set(first.values())) > 2
+    assert max(first.values()) == first["minmax"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "median"}, "no such calibration method"),
+        ({"form": "openvino"}, "no such form"),
+        ({"activations": "int4"}, "no such type of activations"),
+        ({"weights": "fp8"}, "no such type of weights"),
+        ({"nodes": ["nowhere"]}, "no such nodes.*nowhere"),
+    ],
+)
+def test_bad_options(residual: Case, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        residual.quantized(**options)
+
+
+def test_bad_files(residual: Case, tmp_path: Path) -> None:
+    softmax = tmp_path / "softmax.onnx"
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 3]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Softmax", ["x"], ["y"], name="s")], "g", [x], [y])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), softmax)
+    with pytest.raises(InputError, match=r"no int8 form.*Softmax"):
+        quantize_static(softmax, tmp_path / "q.onnx", Statistics({}), nodes=["s"])
+    with pytest.raises(InputError, match="no calibration figures"):
+        quantize_static(residual.path, tmp_path / "q.onnx", Statistics({}))
+    assert not (tmp_path / "q.onnx").exists()
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(residual.source.read_bytes()[:900])
+    with pytest.raises(ExportError, match="cannot prepare"):
+        prepare(cut, tmp_path / "p.onnx")
+
+
+# Biases.
+
+
+def test_bias_correction_gives_the_float_means(residual: Case, tmp_path: Path) -> None:
+    _, path, _ = residual.quantized(per_channel=False, reduce_range=True)
+    corrected = tmp_path / "corrected.onnx"
+    found = correct_biases(residual.path, path, corrected, residual.data, groups=10)
+    assert (found.corrected, found.skipped) == (4, 0)
+    assert found.after == pytest.approx(output_error(residual.path, corrected, residual.data.comparison()))
+    assert found.to_dict()["helped"] == (found.after < found.before)
+    assert "4 biases" in str(found)
+    feed = next(residual.data.calibration())
+    goal, before, after = (exactly(file, feed).mean(0) for file in (residual.path, path, corrected))
+    assert np.abs(goal - after).max() < 0.2 * np.abs(goal - before).max()
+    assert fused(corrected) == fused(path)
+
+
+def test_bias_correction_helps_where_rounding_shifts_means(cases: dict[str, Case], tmp_path: Path) -> None:
+    case = cases["test_efficientnet"]
+    _, path, _ = case.quantized(reduce_range=True)
+    found = correct_biases(case.path, path, tmp_path / "corrected.onnx", case.data, groups=4)
+    assert found.helped
+
+
+def products(path: Path) -> Path:
+    """MatMul, Add of a bias, Gelu, MatMul without one: as in transformers. Bad weights for one scale."""
+    rng = np.random.default_rng(0)
+    constants = {"w": rng.normal(size=(8, 8)) * np.geomspace(0.01, 1, 8), "b": rng.normal(size=8), "v": np.ones((8, 2))}
+    x, y = (
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 4, size])
+        for name, size in (("x", 8), ("y", 2))
+    )
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], name="first"),
+        helper.make_node("Add", ["b", "m"], ["a"], name="bias"),
+        helper.make_node("Gelu", ["a"], ["g"], name="gelu"),
+        helper.make_node("MatMul", ["g", "v"], ["y"], name="second"),
+    ]
+    weights = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+    return path
+
+
+def test_bias_correction_of_matmul_and_its_add(tmp_path: Path) -> None:
+    source, path = products(tmp_path / "source.onnx"), tmp_path / "prepared.onnx"
+    prepare(source, path)
+    rows = torch.rand(64, 4, 8, generator=torch.Generator().manual_seed(0)) + 0.5
+    data = CalibrationData.spool([rows], nn.Identity(), path, tmp_path / "data")
+    statistics = calibrate(path, data.calibration(), calibration_tensors(path))
+    quantized, corrected = tmp_path / "int8.onnx", tmp_path / "corrected.onnx"
+    assert quantize_static(path, quantized, statistics, per_channel=False, reduce_range=True) == 2
+    found = correct_biases(path, quantized, corrected, data)
+    assert (found.corrected, found.skipped) == (1, 1)
+    assert found.after < 0.8 * found.before
+    bias = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(corrected).graph.initializer}["b"]
+    assert bias.dtype == np.float32
+
+
+@pytest.mark.parametrize("options", [{"groups": 0}, {"rows": -1}, {"rows": 1.5}])
+def test_bad_bias_correction(residual: Case, tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="positive"):
+        correct_biases(residual.path, residual.path, tmp_path / "c.onnx", residual.data, **options)
+
+
+# Formats.
+
+
+@pytest.mark.parametrize(
+    ("instructions", "system", "expected"),
+    [
+        (("avx2", "avx_vnni"), "Linux 6.1 x86_64", ("uint8", "int8", False)),
+        (("avx2", "avx512f", "avx512_vnni"), "Linux 6.1 x86_64", ("uint8", "int8", False)),
+        (("avx2",), "Linux 6.1 x86_64", ("uint8", "int8", True)),
+        (("asimd", "asimddp"), "Linux 6.1 aarch64", ("int8", "int8", False)),
+        ((), "Darwin 24.1 arm64", ("int8", "int8", False)),
+        ((), "Windows 11 AMD64", ("uint8", "int8", True)),
+    ],
+)
+def test_format_for_a_processor(instructions: tuple[str, ...], system: str, expected: tuple[str, str, bool]) -> None:
+    assert best_format(Machine("cpu", 1, instructions, 1.0, None, system, "3.11", {})) == expected
