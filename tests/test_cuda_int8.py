@@ -84,7 +84,7 @@ def test_half_and_weight_only_for_cuda(name: str, files: dict[str, Path], tmp_pa
     half, small = tmp_path / "half.onnx", tmp_path / "small.onnx"
     to_float16(files[name], half)
     onnx.checker.check_model(onnx.load(half), full_check=True)
-    count = quantize_weights(half, small, bits=8)
+    count = quantize_weights(half, small, bits=8, block=32)
     assert count == ops(small).count("MatMulNBits") >= 1
     for path in (half, small):
         assert unsupported(onnx.load(path), "cuda") == []
