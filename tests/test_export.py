@@ -230,10 +230,10 @@ def test_cuda_kernel_table() -> None:
     assert not has_kernel("cuda", "DynamicQuantizeLinear", 20)
 
 
-def test_cuda_refuses_dynamic_and_unknown_targets_list_the_known(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="DynamicQuantizeLinear has no CUDA kernel"):
-        export_onnx(small(), IMAGE, tmp_path / "m.onnx", target="cuda", quantize="dynamic")
-    with pytest.raises(ExportError, match="cpu or cuda"):
+def test_unknown_targets_and_schemes_list_the_known(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="neither DynamicQuantizeLinear nor MatMulInteger"):
+        export_onnx(small(), IMAGE, tmp_path / "m.onnx", target="tensorrt", quantize="dynamic")
+    with pytest.raises(ExportError, match="cpu or openvino or cuda or tensorrt"):
         export_onnx(small(), IMAGE, tmp_path / "m.onnx", target="tpu")
     with pytest.raises(ExportError, match="'dynamic'"):
         export_onnx(small(), IMAGE, tmp_path / "m.onnx", quantize="int3")

@@ -10,7 +10,7 @@ import onnx
 from torchtrim.errors import ExportError
 from torchtrim.export.kernels import has_kernel
 from torchtrim.export.quiet import quiet
-from torchtrim.export.rewrite import sort_nodes
+from torchtrim.export.rewrite import save_model, sort_nodes
 
 DYNAMIC_OPS = ("MatMul", "Gemm")
 _QUANTIZABLE = ("MatMul", "Gemm", "Conv", "Attention", "EmbedLayerNormalization", "Gather", "LSTM")
@@ -143,10 +143,4 @@ def to_float16(
     except Exception as error:  # as above
         raise ExportError(f"the file cannot be turned into float16: {error}", path=source.name) from error
     sort_nodes(converted.graph)  # the converter puts its casts at the end
-    onnx.save(
-        converted,
-        destination,
-        save_as_external_data=external_data,
-        all_tensors_to_one_file=True,
-        location=f"{destination.name}.data" if external_data else None,
-    )
+    save_model(converted, destination, external_data=external_data)

@@ -84,13 +84,8 @@ class Rewrite:
         self._taken.add(free)
         return free
 
-    def save(self, destination: Path, *, external_data: bool = False) -> onnx.ModelProto:
-        """Write the file, without constants and nodes that nobody reads.
-
-        Args:
-            destination: Where it goes.
-            external_data: Keep the weights beside it (past 2 GB).
-        """
+    def finish(self) -> onnx.ModelProto:
+        """The file as it is now, without constants and nodes that nobody reads."""
         graph = self.model.graph
         read = {value.name for value in graph.output}
         kept: list[onnx.NodeProto] = []
@@ -106,14 +101,18 @@ class Rewrite:
         described = [value for value in graph.value_info if value.name in known]
         del graph.value_info[:]
         graph.value_info.extend(described)
-        onnx.save(
-            self.model,
-            destination,
-            save_as_external_data=external_data,
-            all_tensors_to_one_file=True,
-            location=f"{destination.name}.data" if external_data else None,
-        )
         return self.model
+
+    def save(self, destination: Path, *, external_data: bool = False) -> onnx.ModelProto:
+        """Write the file, without constants and nodes that nobody reads, and return it.
+
+        Args:
+            destination: Where it goes.
+            external_data: Keep the weights beside it (past 2 GB); the model returned is without them then.
+        """
+        model = self.finish()
+        save_model(model, destination, external_data=external_data)
+        return model
 
     def _read(self, name: str) -> NDArray[Any] | None:
         if name in self._initializers:
@@ -131,6 +130,17 @@ class Rewrite:
                 return before
             return np.ascontiguousarray(before.transpose(attribute(node, "perm")))
         return None
+
+
+def save_model(model: onnx.ModelProto, destination: Path, *, external_data: bool) -> None:
+    """Write a model to a file, with its weights in it or beside it."""
+    onnx.save(
+        model,
+        destination,
+        save_as_external_data=external_data,
+        all_tensors_to_one_file=True,
+        location=f"{destination.name}.data" if external_data else None,
+    )
 
 
 def sort_nodes(graph: onnx.GraphProto) -> None:

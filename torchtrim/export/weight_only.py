@@ -17,7 +17,7 @@ from torchtrim.errors import ExportError, InputError
 from torchtrim.export.cuda_int8 import quantize_weight
 from torchtrim.export.products import product_of, write_product
 from torchtrim.export.quiet import quiet
-from torchtrim.export.rewrite import FLOATS, Rewrite, attribute
+from torchtrim.export.rewrite import FLOATS, Rewrite, attribute, save_model
 
 FORMS = ("nbits", "qdq")
 _OPS = {"nbits": ("MatMul", "Gemm"), "qdq": ("MatMul", "Gemm", "Conv", "Gather")}
@@ -59,7 +59,7 @@ def quantize_weights(
         external_data: Keep the weights beside the file (past 2 GB).
 
     Returns:
-        How many weights are smaller now. Those below 4 KB stay.
+        How many weights are smaller now. Those below 4 KB stay, and those that whole blocks would make larger.
 
     Raises:
         ExportError: An operator that has no such form, an opset that is too low, or weights that cannot be quantized.
@@ -70,10 +70,10 @@ def quantize_weights(
     named = _checked(bits, block, symmetric, ops, form)
     file = Rewrite(source)
     if form == "nbits":
-        kept = _plain_products(file, named)
-        model = file.save(destination, external_data=external_data)
+        kept = _plain_products(file, named, bits, block)
+        model = file.finish()
         count = _to_nbits(model, kept, bits, block, symmetric, accuracy_level, source.name)
-        _save(model, destination, external_data)
+        save_model(model, destination, external_data=external_data)
         return count
     if bits == 4 and file.opset < 21:
         raise ExportError(
@@ -106,12 +106,12 @@ def _checked(bits: int, block: int, symmetric: bool, ops: str | Sequence[str], f
     return named
 
 
-def _plain_products(file: Rewrite, ops: tuple[str, ...]) -> list[str]:
+def _plain_products(file: Rewrite, ops: tuple[str, ...], bits: int, block: int) -> list[str]:
     """Write every Gemm with constant weights as a MatMul and an Add, and list the MatMuls to be left as they are."""
     kept: list[str] = []
     for number, node in enumerate(file.nodes):
         product = product_of(file, node)
-        wanted = product is not None and node.op_type in ops and product.weight.nbytes >= _SMALL
+        wanted = product is not None and node.op_type in ops and _shrinks(product.weight, bits, block)
         if product is None or not wanted:
             if node.op_type == "MatMul":
                 node.name = node.name or file.fresh(f"MatMul_{number}")
@@ -123,6 +123,12 @@ def _plain_products(file: Rewrite, ops: tuple[str, ...]) -> list[str]:
             weight = file.store(f"{weight}_matrix", product.weight)
         write_product(file, product, weight)
     return kept
+
+
+def _shrinks(weight: NDArray[Any], bits: int, block: int) -> bool:
+    """Whether MatMulNBits is the smaller: it fills up every column to whole blocks."""
+    length, width = weight.shape
+    return weight.nbytes >= _SMALL and -(-length // block) * block * width * bits // 8 < weight.nbytes
 
 
 def _to_nbits(
@@ -249,13 +255,3 @@ def _root_logger_kept() -> Iterator[None]:
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
-
-
-def _save(model: onnx.ModelProto, destination: Path, external_data: bool) -> None:
-    onnx.save(
-        model,
-        destination,
-        save_as_external_data=external_data,
-        all_tensors_to_one_file=True,
-        location=f"{destination.name}.data" if external_data else None,
-    )
