@@ -153,8 +153,9 @@ def compare_layers(
 
     Tensors are matched by name: quantizers keep the names of the tensors, or add to them in ways that are known. Where
     the converted file quantizes a tensor, both what is computed and what is read back are compared, so that a clipped
-    range is told from a bad weight; not so where the quantization stands for a ReLU as well. The tensors are given out in groups, so memory stays bounded; a tensor that is
-    given out is not fused with its neighbours, so what only a fused kernel does wrong shows at the outputs alone.
+    range is told from a bad weight; not so where the quantization stands for a ReLU as well. The tensors are given out
+    in groups, so memory stays bounded; a tensor that is given out is not fused with its neighbours, so what only a
+    fused kernel does wrong shows at the outputs alone.
 
     Args:
         reference_path: The float file.
