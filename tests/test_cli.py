@@ -420,3 +420,53 @@ def test_a_zoo_name_knows_its_input(name: str, shape: tuple[int, ...] | None) ->
     named = load_model(name)
     assert named.input_shape == shape
     assert not named.model.training
+
+
+def test_verify_on_pictures_and_by_layers(run: Run, own_models: Path) -> None:
+    from PIL import Image
+
+    model = ("ownmodels:tiny", "--input", "1,3,8,8")
+    assert run("export", model[0], "net.onnx", *model[1:]).exit_code == 0
+    for number in range(5):
+        folder = Path("pictures") / f"class{number}"
+        folder.mkdir(parents=True)
+        for shade in range(2):
+            Image.new("RGB", (9, 9), (40 * number, 100 * shade, 80)).save(folder / f"{shade}.png")
+    told = answer(run("verify", "net.onnx", *model, "--data", "pictures", "--max-drop", 0, "--json"))
+    assert told["labelled"] == 10
+    assert told["accuracy"] == told["reference_accuracy"]
+    few = run("verify", "net.onnx", *model, "--data", "pictures", "--limit", 4, "--layers")
+    assert few.exit_code == 0, few.output
+    assert "accuracy on 4 labelled rows" in few.stdout
+    assert "0 have no sibling" in few.stdout
+    (Path("pictures") / "class5").mkdir()
+    unlabelled = run("verify", "net.onnx", *model, "--data", "pictures")
+    assert "6 folders, which are not the classes" in unlabelled.stderr
+    assert "accuracy" not in unlabelled.stdout
+    torch.save(torch.randn(6, 3, 8, 8), "rows.pt")
+    assert answer(run("verify", "net.onnx", *model, "--data", "rows.pt", "--json"))["accuracy"] is None
+    torch.save((torch.randn(6, 3, 8, 8), torch.arange(6) % 5), "rows.pt")
+    assert answer(run("verify", "net.onnx", *model, "--data", "rows.pt", "--json"))["labelled"] == 6
+
+    wrong = run("verify", "net.onnx", *model, "--seed", 1, "--layers")
+    assert wrong.exit_code == 3
+    assert "first over the threshold: node_conv2d" in wrong.stdout
+    assert "it goes wrong at the node 'node_conv2d'" in wrong.stderr
+    assert run("verify", "net.onnx", *model, "--reference", "net.onnx").exit_code == 2
+    assert run("verify", "net.onnx", *model, "--max-drop", 2).exit_code == 1
+
+
+def test_explain(run: Run, own_models: Path) -> None:
+    assert run("export", "ownmodels:deep", "net.onnx", "--input", "1,3,8,8").exit_code == 0
+    result = run("explain", "net.onnx", "--threads", 1, "--seconds", 0.01, "--plot", "bars.svg")
+    assert result.exit_code == 0, result.output
+    assert "what keeps it from being faster" in result.stdout
+    assert Path("bars.svg").is_file()
+    told = answer(run("explain", "net.onnx", "--seconds", 0.01, "--batch", 2, "--json"))
+    assert told["inputs"] == "input=float32[2, 3, 8, 8]"
+    assert {"op", "ms", "share"} <= set(told["operators"][0])
+    assert run("explain", "no.onnx").exit_code == 1
+    Path("broken.onnx").write_bytes(Path("net.onnx").read_bytes()[:500])
+    broken = run("explain", "broken.onnx")
+    assert broken.exit_code == 1
+    assert broken.stderr.startswith("torchtrim: broken.onnx: cannot be read as an ONNX file")

@@ -90,7 +90,7 @@ def test_bad_files_and_inputs(file: Path, model: Net, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no such ONNX file"):
         verify_onnx(tmp_path / "no.onnx", model, torch.randn(2, 4))
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
-    with pytest.raises(ExportError, match="bad.onnx: cannot be read as an ONNX file"):
+    with pytest.raises(ExportError, match=r"bad\.onnx: cannot be read as an ONNX file"):
         verify_onnx(tmp_path / "bad.onnx", model, torch.randn(2, 4))
     with pytest.raises(InputError, match=r"x: an input that the ONNX file does not take .*float32\[2, 5\]"):
         verify_onnx(file, model, torch.randn(2, 5))
@@ -390,7 +390,7 @@ def test_a_broken_file_is_an_export_error_that_names_it(file: Path, model: Net, 
         ("y = Relu(x)", "float32"),
         ("q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) y = Relu(d)", "static"),
         ("a, b, c = DynamicQuantizeLinear(x) i = MatMulInteger(a, w, c) f = Cast<to=1>(i) y = Mul(f, b)", "dynamic"),
-        ("m = ReduceMax<keepdims=0>(x) q = QuantizeLinear(x, m, z) d = DequantizeLinear(q, m, z) y = Relu(d)", "dynamic"),
+        ("m = ReduceMax<keepdims=0>(x) q = QuantizeLinear(x, m, z) y = DequantizeLinear(q, m, z)", "dynamic"),
         ("v = DequantizeLinear(w, s, z) y = MatMul(x, v)", "weight_only"),
         ("v = DequantizeLinear(w, s, z) t = Transpose(v) q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) "
          "y = MatMul(d, t)", "static"),

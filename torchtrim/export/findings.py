@@ -106,6 +106,8 @@ def _batch_norms(graph: _Graph) -> Iterator[_Found]:
 def _activations(graph: _Graph) -> Iterator[_Found]:
     for node in graph.nodes:
         before = next(graph.before(node), None)
+        if before is not None and before.op_type.startswith("Reorder"):  # back from the blocked layout
+            before = next(graph.before(before), None)
         if before is None or before.op_type not in _CONVS:
             continue
         if node.op_type in _FUSED_INTO_CONV:

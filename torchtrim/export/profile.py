@@ -121,8 +121,24 @@ def profile_onnx(
     whole = [event for event in events if event.get("cat") == "Session" and event["name"] == "model_run"][_WARM:]
     begin = min((float(event["ts"]) for event in whole), default=0.0)
     middle = statistics.median([float(event["dur"]) for event in whole] or [0.0])
+    _name(graph, events)
     nodes = _nodes(graph, [event for event in events if event.get("cat") == "Node" and event["ts"] >= begin], runs)
     return Profile(graph, nodes, middle / 1000, runs, names)
+
+
+def _name(graph: onnx.GraphProto, events: Sequence[Mapping[str, Any]]) -> None:
+    """Give nodes without a name that of the profile: the operator and a number, in the order in which they run."""
+    named = {node.name for node in graph.node}
+    told: dict[str, dict[str, None]] = {}
+    for event in sorted((event for event in events if event.get("cat") == "Node"), key=lambda event: event["ts"]):
+        name, op = str(event["name"]).removesuffix("_kernel_time"), str(event.get("args", {}).get("op_name", ""))
+        if name not in named and name.rpartition("_")[0] == op:
+            told.setdefault(op, {})[name] = None
+    for op, names in told.items():
+        bare = [node for node in graph.node if node.op_type == op and not node.name]
+        if len(bare) == len(names):  # those inside an If or a Loop would be among them
+            for node, name in zip(bare, names, strict=True):
+                node.name = name
 
 
 def _nodes(graph: onnx.GraphProto, events: Sequence[Mapping[str, Any]], runs: int) -> tuple[NodeTime, ...]:

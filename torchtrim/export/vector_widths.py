@@ -45,7 +45,7 @@ def misfits(
         instructions: The processor's instruction sets.
         waste: The share of the lanes that may stay empty.
     """
-    run = {node.name: node for node in optimised}
+    run = {output: node for node in optimised for output in node.output} | {node.name: node for node in optimised}
     unpacked = {node.output[0]: node.input[0] for node in source.nodes if node.op_type == "DequantizeLinear"}
     for node in source.nodes:
         place = _WEIGHT.get(node.op_type)
@@ -106,7 +106,7 @@ def _ends(node: onnx.NodeProto, source: Wiring) -> bool:
 def _run_as(node: onnx.NodeProto, source: Wiring, run: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
     """The node that is run in its place: ONNX Runtime names it after what it was fused with."""
     for _ in range(4):
-        for name in (node.name, f"{node.output[0]}_nchwc"):
+        for name in filter(None, (node.name, f"{node.output[0]}_nchwc", node.output[0])):
             if name in run:
                 return run[name]
         fused = next((other for name, other in run.items() if node.name and name.startswith(f"{node.name}_")), None)

@@ -120,7 +120,7 @@ class Verification:
             "cosine",
             "top-1",
             "top-5",
-            "within",
+            "within tolerance",
         )
         rows = tuple(
             (
