@@ -54,7 +54,10 @@ if TYPE_CHECKING:
         TorchTrimWarning,
         TraceError,
     )
+    from torchtrim.export.in_graph import InGraph, preprocess_in_graph
     from torchtrim.export.onnx import ExportReport, export_onnx
+    from torchtrim.export.preprocessing import Preprocessing
+    from torchtrim.export.serving import ServingFolder, write_serving_folder
     from torchtrim.export.verify import Verification, verify_onnx
     from torchtrim.graph.paths import find
     from torchtrim.graph.summary import Summary, summary
@@ -129,6 +132,9 @@ _HOME = {
         "TraceError",
     ),
     "export.onnx": ("ExportReport", "export_onnx"),
+    "export.in_graph": ("InGraph", "preprocess_in_graph"),
+    "export.preprocessing": ("Preprocessing",),
+    "export.serving": ("ServingFolder", "write_serving_folder"),
     "export.verify": ("Verification", "verify_onnx"),
     "graph.paths": ("find",),
     "graph.summary": ("Summary", "summary"),
@@ -192,6 +198,7 @@ __all__ = [
     "HeadError",
     "Hint",
     "History",
+    "InGraph",
     "InputError",
     "Insert",
     "MagnitudePruner",
@@ -206,6 +213,7 @@ __all__ = [
     "PathError",
     "Plan",
     "PolynomialDecay",
+    "Preprocessing",
     "PruneChannels",
     "RateTest",
     "Recalibration",
@@ -214,6 +222,7 @@ __all__ = [
     "Remove",
     "Replace",
     "SelectionError",
+    "ServingFolder",
     "SizeReport",
     "Sparsify",
     "SparsityPenalty",
@@ -246,6 +255,7 @@ __all__ = [
     "load_model",
     "param_groups",
     "plan",
+    "preprocess_in_graph",
     "prune_channels",
     "recalibrate_batchnorm",
     "remove",
@@ -258,6 +268,7 @@ __all__ = [
     "trace",
     "unfreeze",
     "verify_onnx",
+    "write_serving_folder",
 ]
 
 
