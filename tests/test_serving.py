@@ -282,8 +282,9 @@ def test_what_a_graph_cannot_do_is_refused(small: Path, tmp_path: Path) -> None:
     for how in (Preprocessing(crop=(32, 48)), Preprocessing(crop=(32, 48), resize=50, interpolation="lanczos")):
         with pytest.raises(InputError, match="cannot go into the graph"):
             preprocess_in_graph(small, tmp_path / "no.onnx", how)
-    old = onnx.load(small)
-    old.opset_import[0].version = 17
+    values = [onnx.helper.make_tensor_value_info(name, 1, ["batch", 3, 32, 48]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "old", values[:1], values[1:])
+    old = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(old, tmp_path / "old.onnx")
     with pytest.raises(ExportError, match="opset 18"):
         preprocess_in_graph(tmp_path / "old.onnx", tmp_path / "no.onnx", HOW)
