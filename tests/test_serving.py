@@ -359,7 +359,7 @@ def test_a_full_disk_leaves_what_was_there(small: Path, tmp_path: Path) -> None:
 def test_weights_beside_the_file_come_along(small: Path, tmp_path: Path) -> None:
     model = onnx.load(small)
     place = tmp_path / "apart.onnx"
-    onnx.save(model, place, save_as_external_data=True, location="apart.onnx.data", size_threshold=0)
+    onnx.save(model, place, save_as_external_data=True, location="apart.onnx.data", size_threshold=100)
     made = write_serving_folder(place, tmp_path / "served", preprocessing=HOW)
     assert made.path / "apart.onnx.data" in made.files
     onnxruntime.InferenceSession(str(made.model))
