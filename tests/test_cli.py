@@ -237,6 +237,13 @@ def test_bench_times_models_and_files_side_by_side(run: Run, own_models: Path) -
     alone = run("bench", "net.onnx", *timing)
     assert alone.exit_code == 0
     assert "net.onnx" in alone.stdout
+    assert "resident MB" in run("bench", "net.onnx", *timing, "--memory").stdout
+    grid = ("--batch", 1, "--batch", 2, "--provider", "cpu", "--provider", "CPUExecutionProvider", "--plot", "net.png")
+    told = answer(run("bench", "net.onnx", *timing, *grid, "--json"))
+    assert [(row["name"], row["batch"]) for row in told["timings"]] == [
+        (f"net.onnx ({provider})", batch) for batch in (1, 2) for provider in ("cpu", "CPUExecutionProvider")
+    ]
+    assert Path("net.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ FLOORS = [
     (
         "cli",
         "cli_bench",
+        "cli_data",
         "cli_edits",
+        "cli_export",
         "cli_options",
         "cli_prune",
         "cli_recipes",

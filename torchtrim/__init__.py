@@ -56,8 +56,11 @@ if TYPE_CHECKING:
     )
     from torchtrim.export.compare import Tolerance
     from torchtrim.export.explain import Explanation, explain_onnx
+    from torchtrim.export.in_graph import InGraph, preprocess_in_graph
     from torchtrim.export.layers import LayerComparison, compare_layers
     from torchtrim.export.onnx import ExportReport, export_onnx
+    from torchtrim.export.preprocessing import Preprocessing
+    from torchtrim.export.serving import ServingFolder, write_serving_folder
     from torchtrim.export.verify import Verification, verify_onnx
     from torchtrim.graph.paths import find
     from torchtrim.graph.summary import Summary, summary
@@ -135,6 +138,9 @@ _HOME = {
     "export.explain": ("Explanation", "explain_onnx"),
     "export.layers": ("LayerComparison", "compare_layers"),
     "export.onnx": ("ExportReport", "export_onnx"),
+    "export.in_graph": ("InGraph", "preprocess_in_graph"),
+    "export.preprocessing": ("Preprocessing",),
+    "export.serving": ("ServingFolder", "write_serving_folder"),
     "export.verify": ("Verification", "verify_onnx"),
     "graph.paths": ("find",),
     "graph.summary": ("Summary", "summary"),
@@ -199,6 +205,7 @@ __all__ = [
     "HeadError",
     "Hint",
     "History",
+    "InGraph",
     "InputError",
     "Insert",
     "LayerComparison",
@@ -214,6 +221,7 @@ __all__ = [
     "PathError",
     "Plan",
     "PolynomialDecay",
+    "Preprocessing",
     "PruneChannels",
     "RateTest",
     "Recalibration",
@@ -222,6 +230,7 @@ __all__ = [
     "Remove",
     "Replace",
     "SelectionError",
+    "ServingFolder",
     "SizeReport",
     "Sparsify",
     "SparsityPenalty",
@@ -257,6 +266,7 @@ __all__ = [
     "load_model",
     "param_groups",
     "plan",
+    "preprocess_in_graph",
     "prune_channels",
     "recalibrate_batchnorm",
     "remove",
@@ -269,6 +279,7 @@ __all__ = [
     "trace",
     "unfreeze",
     "verify_onnx",
+    "write_serving_folder",
 ]
 
 

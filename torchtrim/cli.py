@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from torchtrim import cli_bench, cli_edits, cli_prune, cli_recipes, cli_sparsify, cli_verify
+from torchtrim import cli_bench, cli_edits, cli_export, cli_prune, cli_recipes, cli_sparsify, cli_verify
 from torchtrim.cli_options import (
     EXIT_CODES,
     Debug,
@@ -22,9 +22,7 @@ from torchtrim.cli_options import (
     Model,
     Overwrite,
     Pretrained,
-    Quantize,
     Seed,
-    Target,
     Trust,
     Weights,
     check_out,
@@ -140,34 +138,6 @@ def cut(
 
 
 @app.command(epilog=EXIT_CODES)
-def export(
-    model: Model,
-    out: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The file to write.")],
-    target: Target = "cpu",
-    quantize: Quantize = None,
-    input: InputShapes = None,
-    pretrained: Pretrained = False,
-    weights: Weights = None,
-    overwrite: Overwrite = False,
-    seed: Seed = 0,
-    trust: Trust = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Write a model as an ONNX file that was run and compared.
-
-    Example: torchtrim export timm:resnet18 resnet18.onnx --pretrained
-    """
-    import torchtrim as tt
-
-    if out.suffix != ".onnx":
-        raise typer.BadParameter(f"{out}: an ONNX file, so its name ends in .onnx", param_hint="FILE.onnx")
-    check_out(out, overwrite)
-    named, x = load(model, input, pretrained, weights, seed, trust)
-    show(tt.export_onnx(named.model, x, out, target=target, quantize=quantize, overwrite=overwrite), json)
-
-
-@app.command(epilog=EXIT_CODES)
 def size(
     models: Annotated[
         list[str],
@@ -199,6 +169,7 @@ def size(
 
 cli_bench.add_commands(app)
 cli_edits.add_commands(app)
+cli_export.add_commands(app)
 cli_prune.add_commands(app)
 cli_sparsify.add_commands(app)
 cli_recipes.add_commands(app)

@@ -47,8 +47,11 @@ InputShapes = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of random weights and inputs.", min=0, max=2**32 - 1)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
-Target = Annotated[str, typer.Option(help="Where the file will run: cpu or cuda.")]
-Quantize = Annotated[str | None, typer.Option(help="dynamic: int8 weights in the linear layers.")]
+Target = Annotated[str, typer.Option(help="Where the file will run: cpu, openvino, cuda or tensorrt.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="dynamic, static, weight_only, mixed, fp16, bf16, float32; auto: the fastest that is right."),
+]
 Trust = Annotated[
     list[str] | None,
     typer.Option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torchtrim.cli_data import Data, Limit, labelled_batches
 from torchtrim.cli_options import (
     EXIT_CODES,
     Debug,
@@ -42,11 +43,8 @@ def add_commands(app: typer.Typer) -> None:
 def verify(
     file: OnnxFile,
     model: Model,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="A folder of pictures, in a folder for each class; or a .npz, .npy or .pt file of arrays."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use this many rows of --data, spread evenly.", min=1)] = None,
+    data: Data = None,
+    limit: Limit = None,
     max_drop: Annotated[
         float | None,
         typer.Option(
@@ -78,7 +76,7 @@ def verify(
     named = load_named(model, pretrained, weights, seed, trust)
     # Another seed than the one an export was checked with.
     x = example(named, input, seed + 1, batch=3)
-    batches = None if data is None else _batches(data, limit, x, file)
+    batches = None if data is None else labelled_batches(data, limit, x, _columns(file))
 
     def run(float_file: Path | None) -> Any:
         return tt.verify_onnx(file, named.model, batches, example_inputs=x, max_drop=max_drop, reference=float_file)
@@ -109,22 +107,6 @@ def _export(named: NamedModel, x: Inputs, folder: Path) -> Path:
     return tt.export_onnx(named.model, x, folder / "float.onnx", benchmark=False).path
 
 
-def _batches(data: Path, limit: int | None, x: Inputs, file: Path) -> Any:
-    """The data, with labels where they are the classes of the file's output."""
-    from torchtrim.recipe.data import read_data
-    from torchtrim.recipe.form import DataSection
-
-    section = DataSection(file=str(data), limit=limit)
-    if data.is_dir():
-        classes = sum(each.is_dir() and not each.name.startswith(".") for each in data.iterdir())
-        labelled = classes > 0 and classes == _columns(file)
-        if classes and not labelled:
-            typer.echo(f"{data}: {classes} folders, which are not the classes of {file}, so no labels", err=True)
-    else:
-        labelled = _holds_labels(section, x)
-    return read_data(section, x, labelled=labelled)
-
-
 def _columns(file: Path) -> int | None:
     """How many classes the first output of shape (batch, classes) has."""
     import onnx
@@ -133,19 +115,6 @@ def _columns(file: Path) -> int | None:
         return None  # which is said when it is opened
     shapes = [value.type.tensor_type.shape.dim for value in onnx.load(file, load_external_data=False).graph.output]
     return next((int(shape[1].dim_value) for shape in shapes if len(shape) == 2 and shape[1].dim_value > 1), None)
-
-
-def _holds_labels(section: Any, x: Inputs) -> bool:
-    from torchtrim.errors import InputError
-    from torchtrim.recipe.data import read_data
-
-    try:
-        read_data(section, x, labelled=True)
-    except InputError as error:
-        if error.message == "training needs labels":
-            return False
-        raise
-    return True
 
 
 def explain(
