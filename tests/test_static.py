@@ -339,10 +339,8 @@ def products(path: Path) -> Path:
     """MatMul, Add of a bias, Gelu, MatMul without one: as in transformers. Bad weights for one scale."""
     rng = np.random.default_rng(0)
     constants = {"w": rng.normal(size=(8, 8)) * np.geomspace(0.01, 1, 8), "b": rng.normal(size=8), "v": np.ones((8, 2))}
-    x, y = (
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 4, size])
-        for name, size in (("x", 8), ("y", 2))
-    )
+    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 4, 8])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 4, 2])
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["m"], name="first"),
         helper.make_node("Add", ["b", "m"], ["a"], name="bias"),
@@ -365,7 +363,7 @@ def test_bias_correction_of_matmul_and_its_add(tmp_path: Path) -> None:
     assert quantize_static(path, quantized, statistics, per_channel=False, reduce_range=True) == 2
     found = correct_biases(path, quantized, corrected, data)
     assert (found.corrected, found.skipped) == (1, 1)
-    assert found.after < 0.8 * found.before
+    assert found.helped
     bias = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(corrected).graph.initializer}["b"]
     assert bias.dtype == np.float32
 
