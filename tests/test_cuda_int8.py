@@ -34,7 +34,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     made = {}
     for name in MODELS:
-        model = timm.create_model(name, num_classes=12).eval()
+        model = timm.create_model(name, num_classes=40).eval()
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 torch.nn.init.uniform_(parameter.data, 0.5, 1.5)
