@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,13 +13,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from torchtrim.bench.openvino_session import OPENVINO, open_session
 from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import ExportError, InputError, ModelError, TorchTrimError
 from torchtrim.graph.copying import is_meta, kept_modes, structural_copy, unwrap
 from torchtrim.graph.execution import run_fake
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 
-OPENVINO = "OpenVINO"
 _SHORT = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -137,9 +136,7 @@ def open_file(file: OnnxFile, threads: int | None) -> OnnxSession:
         MissingDependency: The runtime is not installed.
     """
     if file.runtime == OPENVINO:
-        runtime = importlib.import_module("torchtrim.bench.openvino_session")
-        elsewhere: OnnxSession = runtime.open_session(file.path, providers=[OPENVINO], threads=threads)
-        return elsewhere
+        return open_session(file.path, providers=[OPENVINO], threads=threads)
     session = OnnxSession(file.path, providers=[file.runtime], threads=threads)
     if session.provider != file.runtime:
         raise ExportError(

@@ -115,8 +115,8 @@ class OpenVinoSession(OnnxSession):
         """The names of the outputs, in the file's order."""
         return [entry.name for entry in self._outputs]
 
-    def run(self, feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """The outputs, in the file's order.
+    def run(self, feed: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> list[NDArray[Any]]:
+        """The outputs: those named, or all in the file's order.
 
         Raises:
             ExportError: OpenVINO could not run it.
@@ -124,7 +124,8 @@ class OpenVinoSession(OnnxSession):
         try:
             self._request.infer([feed[entry.name] for entry in self._inputs], share_inputs=True)
             # The request keeps its own outputs and writes over them in the next call.
-            return [np.array(self._request.get_output_tensor(place).data) for place in range(len(self._outputs))]
+            places = [self.output_names.index(name) for name in outputs or self.output_names]
+            return [np.array(self._request.get_output_tensor(place).data) for place in places]
         except RuntimeError as error:
             shapes = {name: list(array.shape) for name, array in feed.items()}
             raise ExportError(f"OpenVINO cannot run the file: {error}", path=self.path, found=shapes) from error

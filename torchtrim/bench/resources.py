@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchtrim.bench.candidates import OPENVINO, OnnxFile, is_compiled, open_file, working_copy
+from torchtrim.bench.candidates import OnnxFile, is_compiled, open_file, working_copy
+from torchtrim.bench.openvino_session import OPENVINO
 from torchtrim.graph.inputs import Inputs
 
 _LIMIT = 600  # seconds a candidate may take to load and run

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from torchtrim.bench.openvino_session import open_session
 from torchtrim.bench.session import OnnxSession
 from torchtrim.bench.table import Table
 from torchtrim.errors import ExportMismatch, InputError, ModelError
@@ -219,7 +220,7 @@ def verify_onnx(
     if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
         OnnxSession(path)  # which says so
     graph = check_file(path)
-    session = OnnxSession(path, providers=providers)
+    session = open_session(path, providers=providers)
     if is_meta(inner):
         raise ModelError("the model has no weights to compare with", found="the meta device", hint="load weights first")
     scheme = scheme_of(session.path)
