@@ -209,6 +209,11 @@ def _keep(
         return kept
     if left:
         _time([plain, *left], feed, provider, threads, 2 * seconds)
+    return settle(plain, left)
+
+
+def settle(plain: _Candidate, left: list[_Candidate]) -> _Candidate:
+    """The fastest of those timed, or the float file where none is faster beyond the noise; each is told why."""
     best = min(left, key=lambda one: one.ratio, default=None)
     faster = best is not None and best.timing is not None and best.timing.ratio_high < 1
     kept = best if best is not None and faster else plain
