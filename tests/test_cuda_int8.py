@@ -24,7 +24,10 @@ from torchtrim.export.stand_in import run_once
 from torchtrim.export.weight_only import quantize_weights
 from torchtrim.graph.inputs import Inputs
 
-MODELS = {"test_resnet": 1, "test_vit": 25, "test_convnext": 19}  # and how many products with constant weights each has
+MODELS = {"test_resnet": 1, "test_vit": 9, "test_convnext": 9}  # and how many products with constant weights each has
+
+
+SHALLOW: dict[str, dict[str, Any]] = {"test_vit": {"depth": 2}, "test_convnext": {"depths": (1, 1, 1, 1)}}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     made = {}
     for name in MODELS:
-        model = timm.create_model(name, num_classes=40).eval()
+        model = timm.create_model(name, num_classes=40, **SHALLOW.get(name, {})).eval()
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 torch.nn.init.uniform_(parameter.data, 0.5, 1.5)
@@ -101,7 +104,7 @@ def test_bfloat16_computes_what_its_wide_form_says(name: str, files: dict[str, P
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert unsupported(model, "cuda") == []
-    assert path.stat().st_size < 0.7 * files[name].stat().st_size
+    assert path.stat().st_size < 0.75 * files[name].stat().st_size
     widen_bfloat16(path, wide)
     onnx.checker.check_model(onnx.load(wide), full_check=True)
     feed = noise(files[name], 1)
