@@ -80,12 +80,12 @@ def test_mixed_has_static_convolutions_and_no_static_products(tmp_path: Path) ->
 
 
 def test_mixed_leaves_in_float_what_costs_the_outputs(transformer: nn.Module, tmp_path: Path) -> None:
-    loose = export(
-        transformer, tmp_path / "a.onnx", quantize="mixed", data=pictures(), tolerance=Tolerance(None, cosine=0.5)
-    )
-    strict = export(
-        transformer, tmp_path / "b.onnx", quantize="mixed", data=pictures(), tolerance=Tolerance(None, cosine=0.999995)
-    )
+    def mixed(name: str, cosine: float) -> tt.ExportReport:
+        limits = Tolerance(None, cosine=cosine)
+        return export(transformer, tmp_path / name, quantize="mixed", data=pictures(), tolerance=limits)
+
+    loose = mixed("a.onnx", 0.5)
+    strict = mixed("b.onnx", 1 - (1 - loose.verification.cosine) / 2)
     assert strict.quantized_nodes < loose.quantized_nodes
     assert any("stay float for accuracy" in note for note in strict.notes)
 
