@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -251,3 +252,15 @@ def test_kinds_of_layers(tmp_path: Path) -> None:
     assert kinds["the first convolution"].nodes == (first.name,)
     assert kinds["the first convolution"].share == 0.75  # the activation's time is that of the layer it is part of
     assert kinds["products that narrow"].product and not kinds["squeeze-and-excite"].product
+
+
+def test_the_code_in_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "deploy.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "deploy.md", "exec"), names)
+    assert len(blocks) == 4
+    assert (tmp_path / "served" / "predict.py").is_file()
+    assert getattr(names["checked"], "passed") is True  # noqa: B009

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -105,12 +104,34 @@ def convert(
     return Converted(kept, (), selection)
 
 
-def batches_of(data: CalibrationData, inputs: Inputs, names: tuple[str, ...]) -> Iterator[tuple[Inputs, Any]]:
-    """The data to compare on, as the forward's arguments again, with the classes where there are some."""
-    labelled = data.labelled_comparison() if data.labelled else ((feed, None) for feed in data.comparison())
-    for feed, targets in labelled:
-        arrays = iter([torch.from_numpy(feed[name]) for name in names])
-        yield inputs.map(lambda tensor: next(arrays)), None if targets is None else torch.from_numpy(targets)  # noqa: B023
+@dataclass(frozen=True)
+class Batches:
+    """The data to compare on, as the forward's arguments again, with the classes where there are some.
+
+    Read from disk each time that it is gone through.
+
+    Attributes:
+        data: The data as feeds.
+        inputs: An example, for the form of the arguments.
+        names: The names of the file's inputs, in the order of the example's tensors.
+    """
+
+    data: CalibrationData
+    inputs: Inputs
+    names: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[tuple[Inputs, torch.Tensor | None]]:
+        feeds = self.data.comparison()
+        pairs = self.data.labelled_comparison() if self.data.labelled else ((feed, None) for feed in feeds)
+        for feed, targets in pairs:
+            arrays = [torch.from_numpy(feed[name]) for name in self.names]
+            yield _refilled(self.inputs, arrays), None if targets is None else torch.from_numpy(targets)
+
+
+def _refilled(inputs: Inputs, tensors: list[torch.Tensor]) -> Inputs:
+    """The same arguments with other tensors, in order."""
+    left = iter(tensors)
+    return inputs.map(lambda tensor: next(left))
 
 
 def _feeds(bench: Workbench, inputs: Inputs) -> tuple[Feed, list[Feed]]:

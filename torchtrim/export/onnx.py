@@ -26,7 +26,7 @@ from torchtrim.export.asked import (
 )
 from torchtrim.export.calibration_data import CalibrationData
 from torchtrim.export.compare import Tolerance
-from torchtrim.export.convert import batches_of, convert
+from torchtrim.export.convert import Batches, convert
 from torchtrim.export.graph import LARGE, has_dynamic_batch, names_for, opset_of, size_mb, weight_bytes, write_float
 from torchtrim.export.place import free_place, put_in_place, workshop
 from torchtrim.export.proven import Limits, proven, speed_notes, timed_beside, word_of
@@ -170,7 +170,8 @@ def export_onnx(
         if scheme not in ("float32", "dynamic") and has_doubles(copied, inputs):
             exported, given = full_copy(copied).float(), inputs.map(single)
             notes.append("the model is float64; it was turned into float32 first, and so are its inputs and outputs")
-        write_float(exported, given, plain, names=names, dynamic=dynamic, opset=opset)
+        wanted_opset = opset or _NEEDED.get((place.name, scheme, bits if scheme == "weight_only" else 0))
+        write_float(exported, given, plain, names=names, dynamic=dynamic, opset=wanted_opset)
         precision = scheme_of(plain)
         scheme = precision if scheme == "float32" else scheme
         spooled = None
@@ -200,7 +201,7 @@ def export_onnx(
             say=say,
         )
         # A file that was calibrated is not compared on what it was calibrated on.
-        compared = inputs if data is None else data if spooled is None else [*batches_of(spooled, given, names.inputs)]
+        compared = inputs if data is None else data if spooled is None else Batches(spooled, given, names.inputs)
         say("comparing with PyTorch")
         about = {"torch.version": str(torch.__version__)}
         converted, verification = proven(converted, bench, destination, copied, compared, limits, provider, about)
@@ -241,6 +242,12 @@ def export_onnx(
 
 # How large the file may be at least, beside the weights of the model; int8 weights are a quarter of float32 ones.
 _SHARE = {"float32": 1.0, "fp16": 0.5, "bf16": 0.5, "dynamic": 0.25, "static": 0.25, "mixed": 0.25, "auto": 1.0}
+# Where a scheme needs a later opset than the exporter's own: bfloat16 convolutions, int4 in DequantizeLinear.
+_NEEDED = {
+    ("tensorrt", "bf16", 0): 22,
+    ("tensorrt", "weight_only", 4): 21,
+    ("openvino", "weight_only", 4): 21,
+}
 _CALIBRATED = ("static", "mixed", "auto")
 
 

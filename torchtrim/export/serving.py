@@ -160,7 +160,8 @@ def write_serving_folder(
     _note(model, "torchtrim.preprocessing", json.dumps(settings))
     if names is not None:
         _note(model, "torchtrim.labels", json.dumps(names, ensure_ascii=False))
-    tables = () if report is None else report.tables()
+    # The first table of an export names the file where it was written, which is not where it will be served.
+    tables = [table for table in (() if report is None else report.tables()) if table.title != "export"]
     with workshop(destination) as place:
         made = place / "made"
         try:
