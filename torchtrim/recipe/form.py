@@ -132,8 +132,16 @@ class ExportSection(_Section):
     """The ONNX file."""
 
     file: Annotated[str, BeforeValidator(_onnx_name), Field(description="Its name in the run's folder.")] = "model.onnx"
-    target: Annotated[str, Field(description="Where it will run: cpu or cuda.")] = "cpu"
-    quantize: Annotated[str | None, Field(description="dynamic: int8 weights in linear layers.")] = None
+    target: Annotated[str, Field(description="Where it will run: cpu, openvino, cuda or tensorrt.")] = "cpu"
+    quantize: Annotated[
+        str | None,
+        Field(description="dynamic, static, weight_only, mixed, fp16, bf16, float32; auto: the fastest that is right."),
+    ] = None
+    calibration: Annotated[
+        str, Field(description="How static int8 chooses ranges: minmax, entropy, percentile, mse.")
+    ] = "minmax"
+    max_drop: Annotated[float, Field(description="How much accuracy mixed and auto may lose.", ge=0, le=1)] = 0.01
+    bits: Annotated[int, Field(description="Of the weights in weight_only: 8 or 4.")] = 8
     opset: Annotated[int | None, Field(description="The ONNX opset.", ge=1)] = None
     dynamic: Annotated[bool, Field(description="Whether it takes any batch size.")] = True
     tolerance: Annotated[float | None, Field(description="How far it may be from the model, relative.", gt=0)] = None

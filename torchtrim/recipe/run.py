@@ -298,14 +298,18 @@ def _held(net: nn.Module, upto: str | None, inputs: Inputs) -> Iterator[None]:
 def _export(
     net: nn.Module, inputs: Inputs, section: ExportSection, data: Batches | None, workshop: Path, place: Path
 ) -> ExportReport:
-    """The file, compared on a batch of the data where there is some; told with the place where it will lie."""
+    """The file, calibrated on the data or compared on a batch of it; told with the place where it will lie."""
+    calibrated = section.quantize in ("static", "mixed", "auto")
     report = export_onnx(
         net,
         inputs,
         workshop / section.file,
         target=section.target,
         quantize=section.quantize,
-        data=None if data is None else list(islice(data, 1)),
+        data=data if data is None or calibrated else list(islice(data, 1)),
+        calibration=section.calibration,
+        max_drop=section.max_drop,
+        bits=section.bits,
         opset=section.opset,
         dynamic=section.dynamic,
         tolerance=section.tolerance,
