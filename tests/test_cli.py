@@ -448,7 +448,7 @@ def test_verify_on_pictures_and_by_layers(run: Run, own_models: Path) -> None:
     assert "0 have no sibling" in few.stdout
     (Path("pictures") / "class5").mkdir()
     unlabelled = run("verify", "net.onnx", *model, "--data", "pictures")
-    assert "6 folders, which are not the classes" in unlabelled.stderr
+    assert "6 folders, which are not the 5 classes of the model" in unlabelled.stderr
     assert "accuracy" not in unlabelled.stdout
     torch.save(torch.randn(6, 3, 8, 8), "rows.pt")
     assert answer(run("verify", "net.onnx", *model, "--data", "rows.pt", "--json"))["accuracy"] is None
