@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,14 +129,14 @@ def find_ranges(trained: TrainedRanges, model: nn.Module, prepared: Path) -> Fou
     key_of: dict[str, bytes] = {}
     for path in trained.activations:
         weight = modules[path].weight
-        key_of[path] = _key(weight.detach().cpu().float().numpy())  # type: ignore[operator, union-attr]
+        key_of[path] = _key(weight.detach().cpu().float().numpy())
         paths[key_of[path]].append(path)
     names = {f"{path}.weight" if path else "weight": path for path in trained.activations}
     nodes: dict[bytes, list[onnx.NodeProto]] = defaultdict(list)
     for node in graph.node:
         if node.op_type in _LAYERS and len(node.input) > 1 and node.input[1] in constants:
-            path = names.get(node.input[1])
-            key = key_of[path] if path is not None else _key(_outputs_first(node, constants[node.input[1]]))
+            named = names.get(node.input[1])
+            key = key_of[named] if named is not None else _key(_outputs_first(node, constants[node.input[1]]))
             if key in paths:
                 nodes[key].append(node)
     ranges: dict[str, tuple[float, float]] = {}
@@ -146,6 +146,8 @@ def find_ranges(trained: TrainedRanges, model: nn.Module, prepared: Path) -> Fou
             several = [paths[key][place]] if len(found) == len(paths[key]) else paths[key]
             for path in several:
                 _widen(ranges, node.input[0], trained.activations[path])
+                if path in trained.outputs:
+                    _widen(ranges, node.output[0], trained.outputs[path])
             levels[node.input[1]] = trained.levels
     missing = tuple(path for path, key in key_of.items() if key not in nodes)
     if not nodes:
@@ -156,7 +158,7 @@ def find_ranges(trained: TrainedRanges, model: nn.Module, prepared: Path) -> Fou
     return FoundRanges(ranges, levels, missing)
 
 
-def overrides(model: onnx.ModelProto, levels: dict[str, int], full: int) -> dict[str, list[dict[str, Any]]]:
+def overrides(model: onnx.ModelProto, levels: Mapping[str, int], full: int) -> dict[str, list[dict[str, Any]]]:
     """The steps of weights that have fewer levels than their type, as ONNX Runtime's quantizer takes them.
 
     Args:
@@ -179,7 +181,7 @@ def overrides(model: onnx.ModelProto, levels: dict[str, int], full: int) -> dict
 
 
 def _outputs_first(node: onnx.NodeProto, tensor: onnx.TensorProto) -> NDArray[Any]:
-    weight = numpy_helper.to_array(tensor)
+    weight: NDArray[Any] = numpy_helper.to_array(tensor)
     return weight if _is_outputs_first(node) or weight.ndim != 2 else weight.T
 
 

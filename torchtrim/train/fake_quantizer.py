@@ -1,9 +1,10 @@
 """Rounding to 8 bits in the forward of one layer, with gradients straight through: a hook, and no other parameters.
 
-The arithmetic is torchao's: `choose_qparams_affine_with_min_max` makes scales and zero points of ranges as ONNX Runtime
-does, and `_fake_quantize_affine` rounds tensors of any shape, convolutions' weights among them, and gives learned scales
-the gradient of Esser et al. (LSQ, 2020). torchao's own quantization-aware modules are not used: they are for `nn.Linear`
-only, take its place, and have 256 levels where ONNX Runtime's symmetric weights have 255 (or 129 in 7 bits).
+The arithmetic is torchao's: `choose_qparams_affine_with_min_max` makes scales and zero points of ranges as ONNX
+Runtime does, and `_fake_quantize_affine` rounds tensors of any shape, convolutions' weights among them, and gives
+learned scales the gradient of Esser et al. (LSQ, 2020). torchao's own quantization-aware modules are not used: they are
+for `nn.Linear` only, take its place, and have 256 levels where ONNX Runtime's symmetric weights have 255, or 129 in 7
+bits.
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ class FakeQuantizer:
     @staticmethod
     def owns(hook: Any) -> bool:
         """Whether a hook is one of quantization-aware training."""
-        return isinstance(getattr(hook, "__self__", None), FakeQuantizer) or getattr(hook, "counts_batches", False)
+        owner = getattr(hook, "__self__", None)
+        return isinstance(owner, (FakeQuantizer, FakeOutput)) or getattr(hook, "counts_batches", False)
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Round the input, and lay the rounded weight over the layer's own."""
@@ -204,3 +206,26 @@ class FakeQuantizer:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
+
+
+class FakeOutput:
+    """The hook that rounds what a module gives.
+
+    Args:
+        module: A convolution, or the norm behind it.
+        range: Of its output.
+    """
+
+    def __init__(self, module: nn.Module, range: ActivationRange) -> None:
+        self.range, self.frozen = range, False
+        self._handle = module.register_forward_hook(self.after)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        """Round the output."""
+        if module.training and not self.frozen and self.range.scale is None:
+            self.range.see(output)
+        return self.range.round(output)
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._handle.remove()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from torchtrim.graph.execution import known_inputs
 from torchtrim.graph.held import hold, is_held, let_go
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.paths import What
-from torchtrim.train.fake_quantizer import ActivationRange, FakeQuantizer, primitives
+from torchtrim.train.fake_quantizer import ActivationRange, FakeOutput, FakeQuantizer, primitives
 from torchtrim.train.freeze import has_statistics
+from torchtrim.train.rounded_points import LAYERS, Points, find_points
 from torchtrim.train.trained_ranges import TrainedRanges
 
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _ROWS = 512  # that the first ranges are taken from
 _GPU = ("cuda", "tensorrt")
 _TARGETS = ("cpu", "openvino", *_GPU)
@@ -34,14 +35,15 @@ class QuantizationAware:
 
     While it is attached, the inputs of convolutions and linear layers are rounded to 8 bits and their weights to the
     levels of their output channel, in training and in eval mode alike, and gradients go straight through the rounding.
-    What is trained are the float weights. There are no wrappers and no other parameters: the names of a `state_dict`
+    So are outputs of convolutions that no ReLU follows, as the file rounds them too. What is trained are the float
+    weights. There are no wrappers and no other parameters: the names of a `state_dict`
     and what an optimizer holds never change, and after `finish` the model is the plain one again, with other weights.
     `tt.export_onnx(model, x, path, quantize="static", data=data, ranges=q)` writes the file that was trained for.
 
-    Ranges of activations are those of `data` first, and then follow the training batches (a moving average of least and
-    largest values) until `freeze`; `learn=True` makes their steps parameters instead (LSQ: Esser et al. 2020), which the
-    optimizer has to be given: `q.parameters()`. Weights have a step for each output channel, the channel's largest value
-    by the number of levels, anew in each forward.
+    Ranges of activations are those of `data` first, and then follow the training batches (a moving average of least
+    and largest values) until `freeze`; `learn=True` makes their steps parameters instead (LSQ: Esser et al. 2020),
+    which the optimizer has to be given: `q.parameters()`. Weights have a step for each output channel, the channel's
+    largest value by the number of levels, anew in each forward.
 
     Batch norms are not folded while training: rounding by output channel commutes with a factor for each channel, so
     that rounding before folding gives the same whole numbers as folding before rounding, as the export does. Norms
@@ -52,8 +54,8 @@ class QuantizationAware:
 
     Args:
         model: The model; hooks are put on its layers.
-        data: Batches to take the first ranges from (tensors, `(inputs, targets)` pairs, dicts), up to 512 rows; a tensor
-            by itself is one batch.
+        data: Batches to take the first ranges from (tensors, `(inputs, targets)` pairs, dicts), up to 512 rows; a
+            tensor by itself is one batch.
         example_inputs: What the forward takes, where neither the model's history nor the first batch tells.
         target: What it is trained for: `cpu`, `openvino`, `cuda` or `tensorrt`.
         format: The 8-bit types; by default those of this machine, as exports take them (`best_format`).
@@ -111,10 +113,10 @@ class QuantizationAware:
             unsigned = self._format.activations == "uint8"
             return ActivationRange(unsigned=unsigned, symmetric=self._symmetric, momentum=momentum)
 
-        ranges, reasons = _first_ranges(model, layers, batches, fresh)
+        points = _first_ranges(model, layers, batches, fresh)
         names = {layer: path for path, layer in layers.items()}
-        self._left_out |= {names[layer]: why for layer, why in reasons.items()}
-        if not ranges:
+        self._left_out |= {names[layer]: why for layer, why in points.reasons.items()}
+        if not points.inputs:
             raise ModelError(
                 "there is no layer to quantize",
                 path=type(model).__name__,
@@ -124,8 +126,10 @@ class QuantizationAware:
         self._batches, self._freeze_after = 0, freeze_after
         self._frozen = self._finished = False
         self._held: list[nn.Module] = []
-        self._learned = [each.learn() for each in dict.fromkeys(ranges.values())] if learn else []
-        self._fakes = {layer: FakeQuantizer(layer, each, self._levels) for layer, each in ranges.items()}
+        every = dict.fromkeys([*points.inputs.values(), *(each for _, each in points.outputs.values())])
+        self._learned = [each.learn() for each in every] if learn else []
+        self._fakes = {layer: FakeQuantizer(layer, each, self._levels) for layer, each in points.inputs.items()}
+        self._outputs = {layer: FakeOutput(place, each) for layer, (place, each) in points.outputs.items()}
         self._counter = model.register_forward_pre_hook(_Counter(self))
         if freeze_after == 0:
             self.freeze()
@@ -158,7 +162,7 @@ class QuantizationAware:
         if self._frozen or self._finished:
             return
         self._frozen = True
-        for fake in self._fakes.values():
+        for fake in self._every():
             fake.frozen = True
         for step in self._learned:
             step.requires_grad_(False)
@@ -176,7 +180,7 @@ class QuantizationAware:
         """
         if not self._finished:
             found = self.ranges()
-            for fake in self._fakes.values():
+            for fake in self._every():
                 fake.remove()
             self._counter.remove()
             for module in self._held:
@@ -204,8 +208,9 @@ class QuantizationAware:
                 hint="finish(), then edit, then a new QuantizationAware",
             )
         activations = {paths[layer]: fake.range.bounds() for layer, fake in self._fakes.items()}
+        outputs = {paths[layer]: fake.range.bounds() for layer, fake in self._outputs.items()}
         return TrainedRanges(
-            self._format, self._symmetric, self._levels, activations, dict(self._left_out), self._batches
+            self._format, self._symmetric, self._levels, activations, outputs, dict(self._left_out), self._batches
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -230,15 +235,20 @@ class QuantizationAware:
                 f"not the state of a quantization-aware training: {error!r}", expected="what state_dict() gives"
             ) from error
         now = self.ranges()
-        ours = (now.format, now.symmetric, now.levels, sorted(now.activations))
-        theirs = (found.format, found.symmetric, found.levels, sorted(found.activations))
+        ours = (now.format, now.symmetric, now.levels, sorted(now.activations), sorted(now.outputs))
+        theirs = (found.format, found.symmetric, found.levels, sorted(found.activations), sorted(found.outputs))
         if ours != theirs:
             raise EditError("the state is of another model, or of other types", found=theirs, expected=ours)
         for path, (low, high) in found.activations.items():
             self._fakes[self._model.get_submodule(path)].range.set(low, high)
+        for path, (low, high) in found.outputs.items():
+            self._outputs[self._model.get_submodule(path)].range.set(low, high)
         self._batches = found.batches
         if frozen:
             self.freeze()
+
+    def _every(self) -> list[FakeQuantizer | FakeOutput]:
+        return [*self._fakes.values(), *self._outputs.values()]
 
     def _count(self) -> None:
         if self._freeze_after is not None and self._batches >= self._freeze_after:
@@ -317,58 +327,40 @@ def _batches(model: nn.Module, data: Any, example_inputs: ExampleInputs | None) 
 
 
 def _first_ranges(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterator[Inputs], fresh: Any
-) -> tuple[dict[nn.Module, ActivationRange], dict[nn.Module, str]]:
-    """The ranges of what the layers take, in order of execution; layers that take the same tensor share one."""
-    ranges: dict[nn.Module, ActivationRange] = {}
-    reasons: dict[nn.Module, str] = {}
-    taken: dict[int, tuple[torch.Tensor, ActivationRange]] = {}  # of one batch; the tensor is held, so ids are unique
-
-    def watch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = args[0] if args else kwargs.get("input")
-        if not isinstance(values, torch.Tensor) or not values.is_floating_point():
-            reasons[layer] = "its input is no tensor of floats"
-        elif layer not in ranges and not _uses_weight_as_it_is(layer, args, kwargs):
-            reasons[layer] = "its forward computes its weight from the parameter"
-        if layer in reasons:
-            return
-        if layer not in ranges:
-            ranges[layer] = taken[id(values)][1] if id(values) in taken else fresh()
-        taken.setdefault(id(values), (values, ranges[layer]))
-        ranges[layer].see(values, widen=True)
-
-    handles = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in layers.values()]
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterator[Inputs], fresh: Callable[[], ActivationRange]
+) -> Points:
+    """Where values are rounded, with ranges that hold all of the data."""
+    points: Points | None = None
+    handles: list[Any] = []
     try:
         with kept_modes(model), torch.no_grad(), kept_random_state():
             model.eval()
             for number, inputs in enumerate(batches):
-                taken.clear()
+                if points is None:
+                    few = inputs.with_batch(min(inputs.batch, 2)) if inputs.batch else inputs
+                    answer_to(few.fresh(), model, number)  # refuses what it does not take
+                    points = find_points(model, layers, few, fresh)
+                    handles += [
+                        layer.register_forward_pre_hook(partial(_see_input, each), with_kwargs=True)
+                        for layer, each in points.inputs.items()
+                    ]
+                    handles += [
+                        place.register_forward_hook(partial(_see_output, each))
+                        for place, each in points.outputs.values()
+                    ]
                 answer_to(inputs, model, number)
     finally:
         for handle in handles:
             handle.remove()
-    for layer in layers.values():
-        if layer not in ranges:
-            reasons.setdefault(layer, "it did not run by itself")
-    return {layer: each for layer, each in ranges.items() if layer not in reasons}, reasons
+    return points or Points()
 
 
-def _uses_weight_as_it_is(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a layer's own forward is linear in its weight: a standardised weight, for one, is not."""
-    if any(type(layer).forward is kind.forward for kind in LAYERS):
-        return True
-    weight = layer._parameters["weight"]
-    if weight is None:
-        return False
-    try:
-        once = layer.forward(*args, **kwargs)
-        layer.__dict__["weight"] = weight * 2
-        twice = layer.forward(*args, **kwargs)
-        layer.__dict__["weight"] = weight * 0
-        none = layer.forward(*args, **kwargs)
-    finally:
-        layer.__dict__.pop("weight", None)
-    return torch.allclose(twice - none, 2 * (once - none), rtol=1e-3, atol=1e-5)
+def _see_input(range: ActivationRange, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    range.see(args[0] if args else kwargs["input"], widen=True)
+
+
+def _see_output(range: ActivationRange, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    range.see(output, widen=True)
 
 
 def _check(target: str, weight_bits: int, momentum: float, freeze_after: int | None) -> None:

@@ -25,6 +25,7 @@ class TrainedRanges:
         symmetric: Whether the ranges of activations lie around zero, as TensorRT takes them.
         levels: Weights are whole multiples of their channel's step from `-levels` to `levels`.
         activations: The lowest and the highest value at the input of each layer, by its path, in order of execution.
+        outputs: The same at the output of those convolutions (with the norm behind them) where it is rounded too.
         left_out: The layers that were not quantized, and why.
         batches: How many batches were trained on.
     """
@@ -33,13 +34,15 @@ class TrainedRanges:
     symmetric: bool
     levels: int
     activations: dict[str, tuple[float, float]]
+    outputs: dict[str, tuple[float, float]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     batches: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        ranges = {path: list(each) for path, each in self.activations.items()}
-        return {**self.__dict__, "format": self.format._asdict(), "activations": ranges}
+        taken = {path: list(each) for path, each in self.activations.items()}
+        given = {path: list(each) for path, each in self.outputs.items()}
+        return {**self.__dict__, "format": self.format._asdict(), "activations": taken, "outputs": given}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainedRanges:
@@ -54,6 +57,7 @@ class TrainedRanges:
                 bool(data["symmetric"]),
                 int(data["levels"]),
                 {str(path): (float(low), float(high)) for path, (low, high) in data["activations"].items()},
+                {str(path): (float(low), float(high)) for path, (low, high) in data["outputs"].items()},
                 dict(data["left_out"]),
                 int(data["batches"]),
             )
@@ -105,13 +109,18 @@ class TrainedRanges:
         return copied
 
     def _table(self) -> Table:
-        rows = tuple((path, f"{low:.4g}", f"{high:.4g}") for path, (low, high) in self.activations.items())
+        rows = tuple(
+            (path, f"{low:.4g}", f"{high:.4g}", *(f"{each:.4g}" for each in self.outputs.get(path, ())))
+            for path, (low, high) in self.activations.items()
+        )
+        rows = tuple((*row, *("-",) * (5 - len(row))) for row in rows)
         notes = [
             f"activations in {self.format.activations}, weights from -{self.levels} to {self.levels} by output channel",
             f"{self.batches:,} batches of training",
             *(f"left out: {path or 'the model'}: {why}" for path, why in self.left_out.items()),
         ]
-        return Table("Quantization-aware training", ("layer", "lowest input", "highest input"), rows, notes)
+        columns = ("layer", "lowest input", "highest", "lowest output", "highest")
+        return Table("Quantization-aware training", columns, rows, notes)
 
     def __str__(self) -> str:
         return self._table().text()
