@@ -126,6 +126,8 @@ class QuantizationAware:
         self._batches, self._freeze_after = 0, freeze_after
         self._frozen = self._finished = False
         self._held: list[nn.Module] = []
+        if self._symmetric:
+            points.outputs.clear()  # TensorRT's files round inputs only
         every = dict.fromkeys([*points.inputs.values(), *(each for _, each in points.outputs.values())])
         self._learned = [each.learn() for each in every] if learn else []
         self._fakes = {layer: FakeQuantizer(layer, each, self._levels) for layer, each in points.inputs.items()}
