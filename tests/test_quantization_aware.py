@@ -96,7 +96,7 @@ LOOSE = tt.Tolerance(relative=None, cosine=0.1)
 def trained() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     net, (x, y) = Net(), digits()
-    train(net, x[:1200], y[:1200], epochs=4, lr=3e-3)
+    train(net, x[:1200], y[:1200], epochs=5, lr=5e-3)
     assert accuracy(said(net, x[1200:]), y[1200:]) > 0.9
     return net, x, y
 
@@ -119,7 +119,7 @@ def test_accuracy_comes_back_and_the_file_has_it(trained: Any, aware: Any, tmp_p
     rounded = export(further, x, tmp_path / "rounded.onnx", ranges=after)
     file, here = export(net, x, tmp_path / "aware.onnx", ranges=q), said(net, x)
     assert accuracy(rounded[1200:], y[1200:]) < 0.6
-    assert accuracy(file[1200:], y[1200:]) > 0.88
+    assert accuracy(file[1200:], y[1200:]) > 0.85
     assert cosine(here, file) > 0.999
     assert (here.argmax(1) == file.argmax(1)).mean() > 0.99
 
@@ -147,7 +147,7 @@ def test_eight_bits_agree_and_nothing_is_left(trained: Any, tmp_path: Path) -> N
     net, x, y = copy.deepcopy(trained[0]), *trained[1:]
     keys, parameters = list(net.state_dict()), list(net.parameters())
     q = tt.QuantizationAware(net, [(x[:128], y[:128]), (x[128:256], y[128:256])])
-    train(net, x[:600], y[:600], epochs=1, lr=1e-3)
+    train(net, x[:300], y[:300], epochs=1, lr=1e-3)
     assert list(net.state_dict()) == keys
     assert all(a is b for a, b in zip(parameters, net.parameters(), strict=True))
     net.train()
@@ -177,7 +177,7 @@ def test_zeros_and_clusters_stay(trained: Any, tmp_path: Path) -> None:
     clusters = tt.WeightClustering(net, clusters=8, include=["a", "hidden"])
     q = tt.QuantizationAware(net, x[:256])
     values = net.hidden.weight.unique().detach().clone()
-    train(net, x[:600], y[:600], epochs=1, lr=1e-3, before=[clusters.share_gradients], after=[clusters.step])
+    train(net, x[:300], y[:300], epochs=1, lr=1e-3, before=[clusters.share_gradients], after=[clusters.step])
     here = said(net, x)
     assert not torch.equal(values, net.hidden.weight.unique())  # the shared values were trained
     export(net, x, tmp_path / "a.onnx", ranges=q)
@@ -261,7 +261,7 @@ class Padded(nn.Conv2d):
 
 def test_what_is_left_out() -> None:
     weighted = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))
-    net = nn.Sequential(Standardised(1, 4, 1), Padded(4, 4, 2), weighted, nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    net = nn.Sequential(Standardised(1, 4, 3), Padded(4, 4, 2), weighted, nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
     net.unused = nn.Linear(2, 2)
     net.forward = lambda x: nn.Sequential(*list(net)[:5])(x)  # type: ignore[method-assign]
     found = tt.QuantizationAware(net, torch.randn(4, 1, 6, 6), exclude="4").ranges()
