@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from torch import nn
 
+from torchtrim.bench.int8_format import best_format
 from torchtrim.bench.machine import Machine
 from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import ExportError, InputError
@@ -24,7 +25,6 @@ from torchtrim.export.bias_correction import correct_biases, output_error
 from torchtrim.export.calibration import Statistics, calibrate
 from torchtrim.export.calibration_data import CalibrationData
 from torchtrim.export.graph import names_for, write_float
-from torchtrim.export.int8_format import best_format
 from torchtrim.export.prepare import prepare
 from torchtrim.export.static import calibration_tensors, quantize_static
 from torchtrim.graph.inputs import Inputs

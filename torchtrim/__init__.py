@@ -81,11 +81,13 @@ if TYPE_CHECKING:
     from torchtrim.train.magnitude_pruner import MagnitudePruner
     from torchtrim.train.optimizer import Synced, sync_optimizer
     from torchtrim.train.outcome import FineTuning
+    from torchtrim.train.quantization import QuantizationAware
     from torchtrim.train.recalibrate import Recalibration, recalibrate_batchnorm
     from torchtrim.train.sparsity import SparsityPenalty
     from torchtrim.train.sparsity_report import SparsityReport
     from torchtrim.train.sparsity_schedule import ConstantSparsity, OneShotSparsity, PolynomialDecay
     from torchtrim.train.teacher_cache import TeacherCache
+    from torchtrim.train.trained_ranges import TrainedRanges
     from torchtrim.train.weight_clustering import ClusterReport, WeightClustering
 
 _HOME = {
@@ -161,10 +163,12 @@ _HOME = {
     "train.hints": ("Hint",),
     "train.optimizer": ("Synced", "sync_optimizer"),
     "train.outcome": ("FineTuning",),
+    "train.quantization": ("QuantizationAware",),
     "train.recalibrate": ("Recalibration", "recalibrate_batchnorm"),
     "train.sparsity": ("SparsityPenalty",),
     "train.sparsity_report": ("SparsityReport",),
     "train.sparsity_schedule": ("ConstantSparsity", "OneShotSparsity", "PolynomialDecay"),
+    "train.trained_ranges": ("TrainedRanges",),
     "train.weight_clustering": ("ClusterReport", "WeightClustering"),
     "train.teacher_cache": ("TeacherCache",),
 }
@@ -223,6 +227,7 @@ __all__ = [
     "PolynomialDecay",
     "Preprocessing",
     "PruneChannels",
+    "QuantizationAware",
     "RateTest",
     "Recalibration",
     "Recipe",
@@ -242,6 +247,7 @@ __all__ = [
     "TorchTrimError",
     "TorchTrimWarning",
     "TraceError",
+    "TrainedRanges",
     "Verification",
     "WeightClustering",
     "__version__",

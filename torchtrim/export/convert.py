@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from torchtrim.bench.int8_format import VNNI
 from torchtrim.bench.machine import machine
 from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import ExportError
 from torchtrim.export.auto import choose
 from torchtrim.export.calibration_data import CalibrationData, Feed
-from torchtrim.export.int8_format import VNNI
 from torchtrim.export.judge import COSINE, Judge
 from torchtrim.export.mixed import mix
 from torchtrim.export.rows import with_other_rows

@@ -35,10 +35,13 @@ from torchtrim.export.report import ExportReport
 from torchtrim.export.scheme import scheme_of
 from torchtrim.export.stand_in import run_once
 from torchtrim.export.targets import resolve, run_on
+from torchtrim.export.trained import checked_ranges, find_ranges
 from torchtrim.export.verify import Data
 from torchtrim.export.workbench import Workbench
 from torchtrim.graph.copying import full_copy, kept_random_state, structural_copy, unwrap
 from torchtrim.graph.inputs import ExampleInputs
+from torchtrim.train.quantization import QuantizationAware
+from torchtrim.train.trained_ranges import TrainedRanges
 
 __all__ = ["ExportReport", "export_onnx"]
 
@@ -69,6 +72,7 @@ def export_onnx(
     overwrite: bool = False,
     benchmark: bool = True,
     threads: int | None = None,
+    ranges: QuantizationAware | TrainedRanges | None = None,
 ) -> ExportReport:
     """Write a model to one ONNX file, run the file beside the model, and keep it only if they agree.
 
@@ -118,6 +122,8 @@ def export_onnx(
         overwrite: Replace a file that is there.
         benchmark: Measure the latency of the model and of each file, at batch 1 (a second or so).
         threads: Threads to measure with; PyTorch's present number by default.
+        ranges: With `"static"`: the `QuantizationAware` that the model was trained with, or its `ranges()`. The file
+            gets the scales that were trained with; the `data` gives those of tensors in between.
 
     Returns:
         What was written, how near it is and how fast.
@@ -148,6 +154,12 @@ def export_onnx(
     destination = free_place(path, overwrite=overwrite, beside=weight_bytes(inner) * _SHARE.get(scheme, 0.125) > LARGE)
     check_weights(inner)
     inputs = checked_inputs(inner, example_inputs)
+    trained = None
+    if ranges is not None:
+        trained = checked_ranges(
+            ranges, inner, scheme=scheme, target=place, per_channel=per_channel, reduce_range=reduce_range
+        )
+        inner = trained.rounded(inner)
     if data is None and scheme == "static":
         raise InputError(
             "static int8 is calibrated on data, and there is none",
@@ -187,6 +199,10 @@ def export_onnx(
             external=weight_bytes(exported) > LARGE,
             threads=threads,
         )
+        if trained is not None:
+            bench.asked_format = trained.format
+            bench.trained = find_ranges(trained, inner, bench.prepared)
+            notes += bench.trained.notes()
         limits = Limits(wanted, max_drop, spooled is not None and spooled.labelled)
         converted = convert(
             bench,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torchtrim.export.int8_nodes import BETWEEN, COMPUTE, activations_of, int8_n
 from torchtrim.export.quiet import quiet
 from torchtrim.export.ranges import METHODS
 from torchtrim.export.tensorrt_form import pair_residuals, residual_inputs
+from torchtrim.export.trained import overrides
 
 FORMS = ("cpu", "tensorrt")
 _TYPES = ("uint8", "int8")
@@ -35,6 +36,7 @@ def quantize_static(
     per_channel: bool = True,
     reduce_range: bool = False,
     form: str = "cpu",
+    levels: Mapping[str, int] | None = None,
     external_data: bool = False,
 ) -> int:
     """Write a static int8 copy of a prepared file.
@@ -86,6 +88,8 @@ def quantize_static(
         "ForceQuantizeNoInputCheck": True,
         "OpTypesToExcludeOutputQuantization": sorted(kinds) if tensorrt else [],
     }
+    if levels:
+        options["TensorQuantOverrides"] = overrides(model, levels, 64 if reduce_range else 127)
     asked = {name: (np.array(low, np.float32), np.array(high, np.float32)) for name, (low, high) in ranges.items()}
     try:
         with quiet():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 
+from torchtrim.bench.int8_format import Int8Format, best_format
 from torchtrim.bench.machine import machine
 from torchtrim.errors import InputError
 from torchtrim.export.bfloat16 import to_bfloat16
@@ -20,11 +21,11 @@ from torchtrim.export.calibration_data import CalibrationData, Feed
 from torchtrim.export.cuda_int8 import quantize_for_cuda
 from torchtrim.export.equalise import equalise_layers, smooth, smoothing_tensors
 from torchtrim.export.graph import join_files
-from torchtrim.export.int8_format import Int8Format, best_format
 from torchtrim.export.prepare import prepare
 from torchtrim.export.quantize import DYNAMIC_OPS, quantize_dynamic, to_float16
 from torchtrim.export.static import calibration_tensors, quantize_static
 from torchtrim.export.targets import Target
+from torchtrim.export.trained import FoundRanges
 from torchtrim.export.weight_only import quantize_weights
 
 
@@ -79,6 +80,10 @@ class Workbench:
         options: What the user said.
         external: Whether weights lie beside the files (past 2 GB).
         threads: ONNX Runtime's threads while calibrating.
+
+    Attributes:
+        trained: The ranges that the model was trained with, where it was.
+        asked_format: The 8-bit types that it was trained for.
     """
 
     def __init__(
@@ -95,6 +100,8 @@ class Workbench:
         self.plain, self.folder, self.target, self.data = plain, folder, target, data
         self.options = options or Options()
         self.external, self.threads = external, threads
+        self.trained: FoundRanges | None = None
+        self.asked_format: Int8Format | None = None
         self._made = 0
 
     @cached_property
@@ -119,6 +126,8 @@ class Workbench:
         """The 8-bit types for where the files will run."""
         if self.target.name in ("cuda", "tensorrt"):
             return Int8Format("int8", "int8", False)
+        if self.asked_format is not None:
+            return self.asked_format
         found = best_format(machine())
         asked = self.options.reduce_range
         return found if asked is None else found._replace(reduce_range=asked)
@@ -176,10 +185,11 @@ class Workbench:
         """
         path = self.place(name)
         found = int8 or self.int8
+        statistics = statistics or self.statistics
         count = quantize_static(
             prepared or self.prepared,
             path,
-            statistics or self.statistics,
+            statistics if self.trained is None else self.trained.over(statistics),
             nodes=nodes,
             method=method or self.options.method,
             activations=found.activations,
@@ -187,6 +197,7 @@ class Workbench:
             reduce_range=found.reduce_range,
             per_channel=self.options.per_channel,
             form=self._form,
+            levels=None if self.trained is None else self.trained.levels,
             external_data=self.external,
         )
         return self._built(name, "static", path, count)
