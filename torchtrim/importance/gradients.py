@@ -164,10 +164,10 @@ def losses_of(
     given = arguments_in(batch, number, model, inputs)
     with naming(number):
         output = given.fresh().call(model)
-    if by_sample and loss is None and _own_loss(output) is not None:
+    if by_sample and loss is None and own_loss(output) is not None:
 
         def own(model: nn.Module, batch: Any) -> Any:
-            return _own_loss(arguments_of(batch, model, inputs).fresh().call(model))
+            return own_loss(arguments_of(batch, model, inputs).fresh().call(model))
 
         yield from losses_of(model, batch, own, inputs, number, by_sample=True)
         return
@@ -216,7 +216,7 @@ def target_of(batch: Any, given: Inputs) -> Any:
 
 def _default(output: Any, target: Any, number: int) -> torch.Tensor:
     """The output's own loss, cross-entropy for classes, the mean squared error for values."""
-    own = _own_loss(output)
+    own = own_loss(output)
     if own is not None:
         return own
     if isinstance(target, tuple):
@@ -228,10 +228,10 @@ def _default(output: Any, target: Any, number: int) -> torch.Tensor:
         )
     if not isinstance(target, torch.Tensor):
         raise InputError(
-            "a gradient needs a loss, and there are no labels to make one of",
+            "a loss is needed, and there are no labels to make one of",
             path=f"data[{number}]",
             expected="(inputs, targets) batches, or loss=",
-            hint="loss=lambda output, target: ..., or an importance without data",
+            hint="loss=lambda output, target: ..., or a criterion that needs no labels",
         )
     found = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
     if found is None:
@@ -248,13 +248,19 @@ def _default(output: Any, target: Any, number: int) -> torch.Tensor:
     return nn.functional.cross_entropy(found, target.long())
 
 
-def _own_loss(output: Any) -> torch.Tensor | None:
+def own_loss(output: Any) -> torch.Tensor | None:
     """The loss that a model works out by itself, where it is given labels (transformers)."""
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return own if isinstance(own, torch.Tensor) else None
 
 
-def refuse_unfit(value: Any, number: int) -> None:
+def refuse_unfit(value: Any, number: int, *, slopes: bool = True) -> None:
+    """Refuse what is no loss: not one finite number; or, for gradients, one that does not depend on the model.
+
+    Raises:
+        InputError: It is none.
+        ModelError: It is not finite.
+    """
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         raise InputError(
             "a loss is one number",
@@ -265,7 +271,7 @@ def refuse_unfit(value: Any, number: int) -> None:
         )
     if not bool(torch.isfinite(value)):
         raise ModelError("the loss is not finite", path=f"data[{number}]", found=value.item())
-    if not value.requires_grad:
+    if slopes and not value.requires_grad:
         raise _independent(number)
 
 
