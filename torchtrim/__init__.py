@@ -118,7 +118,7 @@ _HOME = {
     "edits.sparsify": ("Sparsify", "sparsify"),
     "errors": (
         "ChannelRanking",
-    "CheckFailed",
+        "CheckFailed",
         "CheckpointDamaged",
         "CheckpointError",
         "CheckpointMismatch",
@@ -190,6 +190,7 @@ __all__ = [
     "Benchmark",
     "Budget",
     "ChannelGroup",
+    "ChannelRanking",
     "CheckFailed",
     "CheckpointDamaged",
     "CheckpointError",

@@ -1,4 +1,4 @@
-"""Metrics that take blocks out and look at what is lost: each by itself over all data, or all in the time of one pass."""
+"""Metrics that take blocks out and see what is lost: each over all of the data, or all in the time of one pass."""
 
 from __future__ import annotations
 

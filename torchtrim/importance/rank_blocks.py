@@ -107,6 +107,7 @@ def rank_blocks(
         MissingDependency: captum is not installed.
 
     Example:
+        >>> import torch
         >>> class Unit(nn.Linear):
         ...     def forward(self, x):
         ...         return x + super().forward(x)
