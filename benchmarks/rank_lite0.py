@@ -6,11 +6,13 @@
 
 Half of the pictures are ranked on, the other half is for the figure: each block is taken out by itself with `tt.remove`
 and the loss (cross-entropy) and top-1 of that model are the truth. Then the three blocks that matter least by a metric
-are taken out together. The file holds `jpeg`, `offsets` and `labels`.
+are taken out together. The file holds `jpeg`, `offsets` and `labels`. What an earlier run has measured stays in the results,
+so that a run may do a part.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +35,19 @@ METRICS: dict[str, tuple[str, str | None]] = {
     "taylor": ("taylor", None),
     "gradient": ("gradient", None),
     "attribution": ("attribution", None),
+    "attribution:lrp": ("attribution:lrp", None),
     "ablation, output": ("ablation", "output"),
     "ablation, kl": ("ablation", "kl"),
     "ablation, loss": ("ablation", "loss"),
 }
 QUICK = ("influence", "sampled")
-_LRP = "attribution:lrp"
+FEW = 25  # attribution takes so many steps a block that it sees one picture in so many
 
 
 def main() -> int:
     made = parser(__doc__)
     made.add_argument("pictures", type=Path, help="the .npz file")
-    made.add_argument("--metrics", nargs="+", choices=[*METRICS, _LRP], help="only these")
+    made.add_argument("--metrics", nargs="+", choices=METRICS, help="only these")
     made.add_argument("--take", type=int, default=3, help="how many blocks to take out together")
     options = made.parse_args()
     torch.set_num_threads(1)
@@ -55,33 +58,47 @@ def main() -> int:
     figure, ranking = (pictures[0::2], labels[0::2]), (pictures[1::2], labels[1::2])
     data = list(zip(ranking[0].split(25), ranking[1].split(25), strict=True))
     model = efficientnet_lite0()
-    truth = Truth(model, *figure)
-    results: dict[str, dict[str, Any]] = {}
+    stem = "rank_lite0_quick" if options.quick else "rank_lite0"
+    earlier = options.out / f"{stem}.json"
+    held = json.loads(earlier.read_text("utf-8")) if earlier.exists() else {}
+    truth = Truth(model, *figure, held.get("truth"))
+    results: dict[str, dict[str, Any]] = held.get("metrics", {})
     for name in chosen:
-        metric, measure = METRICS.get(name, (name, None))
+        metric, measure = METRICS[name]
+        few = [tuple(part[::FEW] for part in batch) for batch in data] if metric.startswith("attribution") else data
         try:
-            found = tt.rank_blocks(model, data, metric, EXAMPLE, measure=measure)
+            found = tt.rank_blocks(model, few, metric, EXAMPLE, measure=measure)
         except tt.EditError as error:  # what captum has no rule for
             results[name] = {"refused": str(error)}
             continue
         out = found.least(options.take)
-        results[name] = found.to_dict() | {
+        results[name] = {
+            "scores": {each.path: each.score for each in found.blocks},
+            "order": list(found.order),
+            "rows": found.rows,
+            "forwards": found.forwards * found.rows / len(ranking[0]),
+            "backwards": found.backwards * found.rows / len(ranking[0]),
+            "seconds": round(found.seconds, 1),
             "spearman_loss": found.spearman(truth.losses),
             "spearman_top1": found.spearman(truth.drops),
             "out": out,
             "top1": truth.without(out)[1],
         }
-        print(name, {key: results[name][key] for key in ("spearman_loss", "spearman_top1", "top1")}, flush=True)
-    report(truth, results, options, len(figure[1]), len(ranking[1]))
+        print(name, results[name], flush=True)
+    report(truth, results, options, stem, (len(ranking[1]), len(figure[1])))
     return 0
 
 
 class Truth:
     """What is left of the model on the pictures of the figure, by what is taken out."""
 
-    def __init__(self, model: nn.Module, pictures: torch.Tensor, labels: torch.Tensor) -> None:
+    def __init__(
+        self, model: nn.Module, pictures: torch.Tensor, labels: torch.Tensor, earlier: dict[str, Any] | None = None
+    ) -> None:
         self.model, self.pictures, self.labels = model, pictures, labels
         self.known: dict[tuple[str, ...], tuple[float, float]] = {}
+        for key, found in (earlier or {}).get("known", {}).items():
+            self.known[tuple(key.split())] = (found[0], found[1])
         blocks = [block.path for block in tt.rank_blocks(model, [pictures[:2]], example_inputs=EXAMPLE).blocks]
         self.whole = self.without([])
         self.losses = {path: self.without([path])[0] for path in blocks}
@@ -99,7 +116,10 @@ class Truth:
         return self.known[key]
 
 
-def report(truth: Truth, results: dict[str, dict[str, Any]], options: Any, figure: int, ranking: int) -> None:
+def report(
+    truth: Truth, results: dict[str, dict[str, Any]], options: Any, stem: str, pictures: tuple[int, int]
+) -> None:
+    ranking, figure = pictures
     order = sorted(truth.losses, key=lambda path: truth.losses[path])
     rows: list[tuple[str, ...]] = [
         (
@@ -113,7 +133,8 @@ def report(truth: Truth, results: dict[str, dict[str, Any]], options: Any, figur
             f"{truth.without(order[: options.take])[1]:.1f}",
         )
     ]
-    for name, found in results.items():
+    for name in (each for each in METRICS if each in results):
+        found = results[name]
         if "refused" in found:
             rows.append((name, "refused", *[""] * 6))
             continue
@@ -136,18 +157,17 @@ def report(truth: Truth, results: dict[str, dict[str, Any]], options: Any, figur
         f"- without a block by itself, loss (points of top-1 lost): {single}",
         "- Spearman with the order by loss, and by top-1 lost; forward and backward passes over the ranking pictures",
         f"- top-1: in percent, after taking out the first {options.take} of the order together",
+        f"- attribution on every {FEW}th of them",
         *(f"- {name}: {found['refused']}" for name, found in results.items() if "refused" in found),
     ]
     columns = ("metric", "order", "Spearman loss", "Spearman top-1", "forward", "backward", "s", "top-1")
     table = Table("EfficientNet-Lite0: which blocks can go?", columns, tuple(rows), notes, left=2)
+    known = {" ".join(key): found for key, found in truth.known.items()}
     data = {
-        "truth": {"whole": truth.whole, "losses": truth.losses, "top1_lost": truth.drops},
-        "metrics": {name: {k: v for k, v in found.items() if k != "blocks"} for name, found in results.items()},
-        "scores": {
-            name: {each["path"]: each["score"] for each in found.get("blocks", ())} for name, found in results.items()
-        },
+        "truth": {"whole": truth.whole, "losses": truth.losses, "top1_lost": truth.drops, "known": known},
+        "metrics": results,
     }
-    write("rank_lite0_quick" if options.quick else "rank_lite0", data, table, out=options.out)
+    write(stem, data, table, out=options.out)
 
 
 def _short(path: str) -> str:

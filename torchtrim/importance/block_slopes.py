@@ -72,7 +72,8 @@ def _along(
             refuse_unfit(value, number)
             asked.backwards += given.batch
             with naming(number):
-                slopes = torch.autograd.grad(value, [each for _, _, each in anchors], allow_unused=True)
+                asked_of = [each for _, _, each in anchors]
+                slopes: tuple[torch.Tensor | None, ...] = torch.autograd.grad(value, asked_of, allow_unused=True)
             changes: dict[int, torch.Tensor] = {}
             for (place, added, _), slope in zip(anchors, slopes, strict=True):
                 if slope is None:

@@ -198,7 +198,8 @@ def _run(model: nn.Module, inputs: Inputs, wanted: set[str] | None, *, real: boo
             fake = Fakes()
             twin, given = faked(twin, fake), inputs.map(fake.from_tensor)
             stack.enter_context(fake)
-        follower = stack.enter_context(_Follower(twin.eval(), wanted))
+        follower = _Follower(twin.eval(), wanted)
+        stack.enter_context(follower)
         try:
             given.call(twin)
         except (TorchTrimError, MemoryError, torch.OutOfMemoryError):

@@ -134,7 +134,7 @@ class GradientFlow:
         means = _means(lengths)
         finite = means[np.isfinite(means)]
         middle = float(np.median(finite)) if finite.size else 0.0
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for place, path in enumerate(self.paths):
             own = lengths[:, place]
             own = own[~np.isnan(own)]
@@ -190,7 +190,8 @@ def _length(gradients: list[torch.Tensor]) -> torch.Tensor:
     if not gradients:
         return torch.tensor(torch.nan)
     dense = [each.coalesce().values() if each.is_sparse else each for each in gradients]
-    return torch.stack([torch.linalg.vector_norm(each.float()) for each in dense]).norm()
+    length: torch.Tensor = torch.stack([torch.linalg.vector_norm(each.float()) for each in dense]).norm()
+    return length
 
 
 def _size(own: list[nn.Parameter]) -> float:
