@@ -6,8 +6,8 @@
 
 Half of the pictures are ranked on, the other half is for the figure: each block is taken out by itself with `tt.remove`
 and the loss (cross-entropy) and top-1 of that model are the truth. Then the three blocks that matter least by a metric
-are taken out together. The file holds `jpeg`, `offsets` and `labels`. What an earlier run has measured stays in the results,
-so that a run may do a part.
+are taken out together. The file holds `jpeg`, `offsets` and `labels`. What an earlier run has measured stays in the
+results, so that a run may do a part.
 """
 
 from __future__ import annotations

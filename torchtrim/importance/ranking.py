@@ -187,7 +187,7 @@ class Ranking:
             shares = [100 * getattr(each, label.lower()) / max(whole, 1) for each in self.blocks]
             costs.barh(places + shift, shares, height=0.4, label=label, color=colour)
         costs.set(title="cost", xlabel="percent of the model")
-        costs.legend(frameon=False)
+        costs.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
         return written(drawn, path)
 
 

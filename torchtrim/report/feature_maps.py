@@ -154,6 +154,7 @@ def _draw(maps: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> Pat
         for place, axis in enumerate(line):
             axis.set_axis_off()
             if place < len(found):
-                axis.imshow(_scaled(found)[place].numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
+                aspect = "auto" if 1 in found.shape[1:] else "equal"  # a strip is as high as the others
+                axis.imshow(_scaled(found)[place].numpy(), cmap="viridis", vmin=0, vmax=1, aspect=aspect)
         line[0].set_title(f"{name}  {list(found.shape[1:])}", loc="left", fontsize=8)
     return written(drawn, path)
