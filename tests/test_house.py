@@ -30,6 +30,7 @@ FLOORS = [
         "cli_export",
         "cli_options",
         "cli_prune",
+        "cli_rank",
         "cli_recipes",
         "cli_sparsify",
         "cli_verify",

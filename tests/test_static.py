@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from torchtrim.bench.int8_format import best_format
-from torchtrim.bench.machine import Machine
+from torchtrim.bench.machine import machine
 from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import ExportError, InputError
 from torchtrim.export.bias_correction import correct_biases, output_error
@@ -389,4 +390,5 @@ def test_bad_bias_correction(residual: Case, tmp_path: Path, options: dict[str, 
     ],
 )
 def test_format_for_a_processor(instructions: tuple[str, ...], system: str, expected: tuple[str, str, bool]) -> None:
-    assert best_format(Machine("cpu", 1, instructions, 1.0, None, system, "3.11", {})) == expected
+    here = replace(machine(), instructions=instructions, system=system)
+    assert best_format(here) == expected

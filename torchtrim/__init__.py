@@ -65,9 +65,14 @@ if TYPE_CHECKING:
     from torchtrim.graph.paths import find
     from torchtrim.graph.summary import Summary, summary
     from torchtrim.graph.trace import ModuleGraph, Node, trace
+    from torchtrim.importance.activation_stats import ActivationStats, activation_stats
     from torchtrim.importance.matrices import ChannelGroup, GroupTensor
+    from torchtrim.importance.rank_blocks import rank_blocks
+    from torchtrim.importance.rank_channels import ChannelRanking, rank_channels
+    from torchtrim.importance.ranking import Ranked, Ranking
     from torchtrim.models import load_model
     from torchtrim.recipe.recipe import Recipe
+    from torchtrim.report.feature_maps import feature_maps
     from torchtrim.report.size import size_report
     from torchtrim.search.prune import prune_channels
     from torchtrim.train.distilled import Distilled
@@ -75,6 +80,7 @@ if TYPE_CHECKING:
     from torchtrim.train.find_lr import RateTest, find_lr
     from torchtrim.train.finetune import finetune
     from torchtrim.train.freeze import freeze, unfreeze
+    from torchtrim.train.gradient_flow import GradientFlow
     from torchtrim.train.gradual_pruning import GradualPruning
     from torchtrim.train.groups import param_groups
     from torchtrim.train.hints import Hint
@@ -113,6 +119,7 @@ _HOME = {
     "edits.replacements": ("group_norm",),
     "edits.sparsify": ("Sparsify", "sparsify"),
     "errors": (
+        "ChannelRanking",
         "CheckFailed",
         "CheckpointDamaged",
         "CheckpointError",
@@ -147,14 +154,20 @@ _HOME = {
     "graph.paths": ("find",),
     "graph.summary": ("Summary", "summary"),
     "graph.trace": ("ModuleGraph", "Node", "trace"),
+    "importance.activation_stats": ("ActivationStats", "activation_stats"),
     "importance.matrices": ("ChannelGroup", "GroupTensor"),
+    "importance.rank_blocks": ("rank_blocks",),
+    "importance.rank_channels": ("ChannelRanking", "rank_channels"),
+    "importance.ranking": ("Ranked", "Ranking"),
     "models": ("load_model",),
     "recipe.recipe": ("Recipe",),
+    "report.feature_maps": ("feature_maps",),
     "report.size": ("size_report",),
     "search.prune": ("prune_channels",),
     "train.find_lr": ("RateTest", "find_lr"),
     "train.finetune": ("finetune",),
     "train.freeze": ("freeze", "unfreeze"),
+    "train.gradient_flow": ("GradientFlow",),
     "train.gradual_pruning": ("GradualPruning",),
     "train.groups": ("param_groups",),
     "train.magnitude_pruner": ("MagnitudePruner",),
@@ -176,10 +189,12 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __version__ = "0.1.0"
 __all__ = [
+    "ActivationStats",
     "AttachHead",
     "Benchmark",
     "Budget",
     "ChannelGroup",
+    "ChannelRanking",
     "CheckFailed",
     "CheckpointDamaged",
     "CheckpointError",
@@ -203,6 +218,7 @@ __all__ = [
     "ExportReport",
     "FineTuning",
     "FuseBatchNorm",
+    "GradientFlow",
     "GradualPruning",
     "GroupTensor",
     "GuardError",
@@ -228,6 +244,8 @@ __all__ = [
     "Preprocessing",
     "PruneChannels",
     "QuantizationAware",
+    "Ranked",
+    "Ranking",
     "RateTest",
     "Recalibration",
     "Recipe",
@@ -251,6 +269,7 @@ __all__ = [
     "Verification",
     "WeightClustering",
     "__version__",
+    "activation_stats",
     "apply",
     "attach_head",
     "benchmark",
@@ -260,6 +279,7 @@ __all__ = [
     "delete_channels",
     "explain_onnx",
     "export_onnx",
+    "feature_maps",
     "find",
     "find_lr",
     "finetune",
@@ -274,6 +294,8 @@ __all__ = [
     "plan",
     "preprocess_in_graph",
     "prune_channels",
+    "rank_blocks",
+    "rank_channels",
     "recalibrate_batchnorm",
     "remove",
     "replace",

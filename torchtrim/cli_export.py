@@ -86,7 +86,7 @@ def export(
     names = None if labels is None else _lines(labels)
     named, x = load(model, input, pretrained, weights, seed, trust)
     preprocessing = None if serve is None else tt.Preprocessing.of(named.model)
-    batches = None if data is None else labelled_batches(data, limit, x, _classes(named.model, x))
+    batches = None if data is None else labelled_batches(data, limit, x, classes_of(named.model, x))
     report = tt.export_onnx(
         named.model,
         x,
@@ -113,7 +113,7 @@ def export(
         typer.echo(f"\n{folder}")
 
 
-def _classes(model: nn.Module, x: Inputs) -> int | None:
+def classes_of(model: nn.Module, x: Inputs) -> int | None:
     """How many columns the model's first output of two dimensions has."""
     from torchtrim.export.outputs import named_outputs
     from torchtrim.export.stand_in import run_once, stand_in

@@ -14,33 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtrim.edits.calls import run_copy
 from torchtrim.errors import EditError
 from torchtrim.graph.check import flatten
+from torchtrim.graph.handing_on import Form, described
 from torchtrim.graph.inputs import Inputs
 
+__all__ = ["Form", "Key", "Seen", "observe"]
+
 Key = tuple[str, int]  # a module's first path, and which of its calls
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a module takes its main value, and in what form it gives one back: the arguments of a `PassOn`.
-
-    Attributes:
-        argument: The argument that is, or holds, the main value: a position or a name.
-        item: Its place in that argument, where that is a list.
-        form: `"value"`, `"tuple"` or `"list"`.
-        outputs: What such a tuple holds: `"value"`, `"none"`, or another argument (`"=1"`, `"=mask"`).
-        alone: Whether the value is the only argument, so that an `nn.Identity` will do.
-    """
-
-    argument: int | str = 0
-    item: int | None = None
-    form: str = "value"
-    outputs: tuple[str, ...] = ()
-    alone: bool = True
-
-    @property
-    def plain(self) -> bool:
-        """Whether an `nn.Identity` does it."""
-        return self.alone and self.argument == 0 and self.item is None and self.form == "value"
 
 
 @dataclass(eq=False)
@@ -154,80 +133,9 @@ class _Watch(TorchDispatchMode):
 
     def _note(self, key: Key, owner: str, run: int, given: tuple[Any, Any], output: Any) -> None:
         try:
-            value, result, form = _described(key[0], *given, output)
+            value, result, form = described(key[0], *given, output)
         except EditError as error:
             self.refused = self.refused or error
             return
         uses = self.uses.setdefault(id(result), [])
         self.seen.append(Seen(key, owner, run, value, result, form, uses, len(uses)))
-
-
-def _described(path: str, args: Any, kwargs: Any, output: Any) -> tuple[torch.Tensor, torch.Tensor, Form]:
-    """The main values of a call, and its form."""
-    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    candidates: list[tuple[int | str, int | None, torch.Tensor]] = []
-    for name, argument in named:
-        if _is_value(argument):
-            candidates.append((name, None, argument))
-        elif isinstance(argument, (list, tuple)):
-            candidates += [(name, index, item) for index, item in enumerate(argument) if _is_value(item)]
-    if not candidates:
-        shapes = [
-            f"{str(leaf.dtype)[6:]}{list(leaf.shape)}" for leaf in flatten((args, kwargs)).values() if _is_tensor(leaf)
-        ]
-        raise EditError(
-            "nothing that goes in can stand for what comes out",
-            path=path,
-            found=", ".join(shapes) or "no tensor",
-            expected="a tensor of real numbers",
-            hint="tt.replace, with a module that makes the value",
-        )
-    argument, item, value = candidates[0]
-    alone = len(named) == 1
-    if _is_value(output):
-        return value, output, Form(argument, item, alone=alone)
-    kind = type(output).__name__
-    results = [one for one in output if _is_value(one)] if type(output) in (tuple, list) else []
-    if not results:
-        raise EditError(
-            "what it returns cannot be put together from what it is given",
-            path=path,
-            found=kind,
-            expected="a tensor, or a tuple or list of tensors",
-            hint="remove modules inside it",
-        )
-    outputs = tuple(
-        "value" if one is results[0] else _stand_in(path, index, one, named) for index, one in enumerate(output)
-    )
-    return value, results[0], Form(argument, item, kind, outputs, alone)
-
-
-def _stand_in(path: str, index: int, output: Any, named: list[tuple[int | str, Any]]) -> str:
-    """Which argument can stand for a further output."""
-    if output is None:
-        return "none"
-    alike = [name for name, argument in named if argument is output]
-    alike += [name for name, argument in named if name == index and _alike(argument, output)]
-    if not alike:
-        found = f"{type(output).__name__}{list(output.shape)}" if _is_tensor(output) else repr(output)
-        raise EditError(
-            f"nothing that goes in can stand for its output number {index}",
-            path=path,
-            found=found,
-            hint="remove modules inside it, or tt.replace it",
-        )
-    return f"={alike[0]}"
-
-
-def _alike(one: Any, other: Any) -> bool:
-    if _is_tensor(one) and _is_tensor(other):
-        return bool(one.shape == other.shape and one.dtype == other.dtype)
-    return type(one) is type(other) and isinstance(one, (int, float, str, bool)) and one == other
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
-def _is_value(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torchtrim.edits.calls import run_copy
-from torchtrim.edits.joint import Form, Key
+from torchtrim.edits.joint import Key
 from torchtrim.edits.remove_place import Taken, take_out
 from torchtrim.edits.remove_runs import Run
 from torchtrim.edits.rewire import Room
@@ -24,6 +24,7 @@ from torchtrim.edits.work import Work
 from torchtrim.errors import CheckFailed, EditError
 from torchtrim.graph.check import Mismatch, Side, compare
 from torchtrim.graph.copying import structural_copy
+from torchtrim.graph.handing_on import in_form, main_value
 from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.reader import join
 from torchtrim.graph.watch import Value, values_of
@@ -250,7 +251,7 @@ class _Stand:
             self.random.append(_random_state())
             run = self.firsts.get(key)
             if run is not None:
-                self.values[key] = _main(run.first.form, args, kwargs).clone()
+                self.values[key] = main_value(run.first.form, args, kwargs).clone()
             # The removed module runs on copies: it may write to what it gets.
             return pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
 
@@ -267,27 +268,11 @@ class _Stand:
             if run is not None:
                 value = self.values.pop(run.first.key)
                 adapter = self.adapters.get(run.address)
-                result = _in_form(run.last.form, value if adapter is None else adapter(value), args, kwargs)
+                result = in_form(run.last.form, value if adapter is None else adapter(value), args, kwargs)
             _set_random_state(self.random.pop())
             return result
 
         return hook
-
-
-def _main(form: Form, args: Any, kwargs: Any) -> torch.Tensor:
-    value = args[form.argument] if isinstance(form.argument, int) else kwargs[form.argument]
-    return value if form.item is None else value[form.item]  # type: ignore[no-any-return]
-
-
-def _in_form(form: Form, value: Any, args: Any, kwargs: Any) -> Any:
-    if form.form == "value":
-        return value
-    named = {
-        **{f"={index}": one for index, one in enumerate(args)},
-        **{f"={name}": one for name, one in kwargs.items()},
-    }
-    outputs = [{"value": value, "none": None}[one] if one in ("value", "none") else named[one] for one in form.outputs]
-    return outputs if form.form == "list" else tuple(outputs)
 
 
 @contextmanager

@@ -226,7 +226,7 @@ def _run_once(model: nn.Module, inputs: Inputs, train: bool, *, real: bool, user
         else:
             fake = Fakes()
             # Copied before the mode is entered: inside it, the copies of plain tensors would be fakes too.
-            twin, given = _faked(twin, fake), inputs.map(fake.from_tensor)
+            twin, given = faked(twin, fake), inputs.map(fake.from_tensor)
             stack.enter_context(fake)
         twin.train(train)
         watch = stack.enter_context(Watch(twin, real=real))
@@ -253,7 +253,7 @@ def no_fused_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _faked(twin: nn.Module, fake: Fakes) -> nn.Module:
+def faked(twin: nn.Module, fake: Fakes) -> nn.Module:
     """The modules with fake tensors in place of parameters and buffers, wherever they are referred to."""
     memo: dict[int, Any] = {}
     for parameter in twin.parameters():

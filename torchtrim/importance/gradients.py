@@ -54,16 +54,16 @@ def gradients(
         >>> found[id(net.weight)], net.weight.grad
         (tensor([[5.]]), None)
     """
-    twin, origin = _trainable_twin(model)
+    twin, origin = trainable_twin(model)
     parameters = [held for held in twin.parameters() if id(held) in origin]
     sums: dict[int, torch.Tensor] = {}
     count = 0
     with kept_random_state(), torch.inference_mode(mode=False), torch.enable_grad():
         for number, batch in enumerate(watched(data, "gradients")):
             batch = on_device(batch, model)
-            for value in _losses(twin, batch, loss, inputs, number, by_sample=kind == "squared"):
-                _refuse_unfit(value, number)
-                with _naming(number):
+            for value in losses_of(twin, batch, loss, inputs, number, by_sample=kind == "squared"):
+                refuse_unfit(value, number)
+                with naming(number):
                     found = torch.autograd.grad(value, parameters, retain_graph=kind == "squared", allow_unused=True)
                 if all(each is None for each in found):
                     raise _independent(number)
@@ -88,7 +88,7 @@ def runnable_copy(model: nn.Module) -> nn.Module:
     return structural_copy(model, own_buffers=True, user_hooks=False)
 
 
-def _trainable_twin(model: nn.Module) -> tuple[nn.Module, dict[int, int]]:
+def trainable_twin(model: nn.Module) -> tuple[nn.Module, dict[int, int]]:
     """A copy whose parameters share the values of the model's and all want gradients; and whose each one is."""
     twin = runnable_copy(model)
     memo: dict[int, Any] = {}
@@ -134,7 +134,7 @@ def arguments_in(batch: Any, number: int, model: nn.Module, inputs: Inputs) -> I
 
 
 @contextmanager
-def _naming(number: int) -> Iterator[None]:
+def naming(number: int) -> Iterator[None]:
     """Say which batch it was that something did not take."""
     try:
         yield
@@ -148,7 +148,7 @@ def _naming(number: int) -> Iterator[None]:
         ) from error
 
 
-def _losses(
+def losses_of(
     model: nn.Module, batch: Any, loss: Loss | None, inputs: Inputs, number: int, *, by_sample: bool
 ) -> Iterator[torch.Tensor]:
     """The loss of a batch; or of each sample in it."""
@@ -157,23 +157,23 @@ def _losses(
             (len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()), 1
         )
         for part in (_row(batch, row, rows) for row in range(rows)) if by_sample else [batch]:
-            with _naming(number):
+            with naming(number):
                 value = loss(model, part)
             yield value
         return
     given = arguments_in(batch, number, model, inputs)
-    with _naming(number):
+    with naming(number):
         output = given.fresh().call(model)
-    if by_sample and loss is None and _own_loss(output) is not None:
+    if by_sample and loss is None and own_loss(output) is not None:
 
         def own(model: nn.Module, batch: Any) -> Any:
-            return _own_loss(arguments_of(batch, model, inputs).fresh().call(model))
+            return own_loss(arguments_of(batch, model, inputs).fresh().call(model))
 
-        yield from _losses(model, batch, own, inputs, number, by_sample=True)
+        yield from losses_of(model, batch, own, inputs, number, by_sample=True)
         return
     target = target_of(batch, given)
     for row in range(given.batch) if by_sample else [None]:
-        with _naming(number):
+        with naming(number):
             parts = (output, target) if row is None else _row((output, target), row, given.batch)
             value = _default(parts[0], parts[1], number) if loss is None else loss(*parts)
         yield value
@@ -216,7 +216,7 @@ def target_of(batch: Any, given: Inputs) -> Any:
 
 def _default(output: Any, target: Any, number: int) -> torch.Tensor:
     """The output's own loss, cross-entropy for classes, the mean squared error for values."""
-    own = _own_loss(output)
+    own = own_loss(output)
     if own is not None:
         return own
     if isinstance(target, tuple):
@@ -228,10 +228,10 @@ def _default(output: Any, target: Any, number: int) -> torch.Tensor:
         )
     if not isinstance(target, torch.Tensor):
         raise InputError(
-            "a gradient needs a loss, and there are no labels to make one of",
+            "a loss is needed, and there are no labels to make one of",
             path=f"data[{number}]",
             expected="(inputs, targets) batches, or loss=",
-            hint="loss=lambda output, target: ..., or an importance without data",
+            hint="loss=lambda output, target: ..., or a criterion that needs no labels",
         )
     found = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
     if found is None:
@@ -248,13 +248,19 @@ def _default(output: Any, target: Any, number: int) -> torch.Tensor:
     return nn.functional.cross_entropy(found, target.long())
 
 
-def _own_loss(output: Any) -> torch.Tensor | None:
+def own_loss(output: Any) -> torch.Tensor | None:
     """The loss that a model works out by itself, where it is given labels (transformers)."""
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return own if isinstance(own, torch.Tensor) else None
 
 
-def _refuse_unfit(value: Any, number: int) -> None:
+def refuse_unfit(value: Any, number: int, *, slopes: bool = True) -> None:
+    """Refuse what is no loss: not one finite number; or, for gradients, one that does not depend on the model.
+
+    Raises:
+        InputError: It is none.
+        ModelError: It is not finite.
+    """
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         raise InputError(
             "a loss is one number",
@@ -265,7 +271,7 @@ def _refuse_unfit(value: Any, number: int) -> None:
         )
     if not bool(torch.isfinite(value)):
         raise ModelError("the loss is not finite", path=f"data[{number}]", found=value.item())
-    if not value.requires_grad:
+    if slopes and not value.requires_grad:
         raise _independent(number)
 
 
