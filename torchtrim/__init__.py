@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from torchtrim.report.feature_maps import feature_maps
     from torchtrim.report.size import size_report
     from torchtrim.search.prune import prune_channels
+    from torchtrim.search.top_down import TopDown, top_down
     from torchtrim.train.distilled import Distilled
     from torchtrim.train.distiller import Distiller
     from torchtrim.train.find_lr import RateTest, find_lr
@@ -162,6 +163,7 @@ _HOME = {
     "report.feature_maps": ("feature_maps",),
     "report.size": ("size_report",),
     "search.prune": ("prune_channels",),
+    "search.top_down": ("TopDown", "top_down"),
     "train.find_lr": ("RateTest", "find_lr"),
     "train.finetune": ("finetune",),
     "train.freeze": ("freeze", "unfreeze"),
@@ -257,6 +259,7 @@ __all__ = [
     "Synced",
     "TeacherCache",
     "Tolerance",
+    "TopDown",
     "TorchTrimError",
     "TorchTrimWarning",
     "TraceError",
@@ -298,6 +301,7 @@ __all__ = [
     "sparsify",
     "summary",
     "sync_optimizer",
+    "top_down",
     "trace",
     "unfreeze",
     "verify_onnx",
