@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from torchtrim.report.feature_maps import feature_maps
     from torchtrim.report.size import size_report
     from torchtrim.search.prune import prune_channels
+    from torchtrim.search.sensitivity import Sensitivity, sensitivity
     from torchtrim.search.top_down import TopDown, top_down
     from torchtrim.train.distilled import Distilled
     from torchtrim.train.distiller import Distiller
@@ -163,6 +164,7 @@ _HOME = {
     "report.feature_maps": ("feature_maps",),
     "report.size": ("size_report",),
     "search.prune": ("prune_channels",),
+    "search.sensitivity": ("Sensitivity", "sensitivity"),
     "search.top_down": ("TopDown", "top_down"),
     "train.find_lr": ("RateTest", "find_lr"),
     "train.finetune": ("finetune",),
@@ -250,6 +252,7 @@ __all__ = [
     "Remove",
     "Replace",
     "SelectionError",
+    "Sensitivity",
     "ServingFolder",
     "SizeReport",
     "Sparsify",
@@ -297,6 +300,7 @@ __all__ = [
     "remove",
     "replace",
     "save",
+    "sensitivity",
     "size_report",
     "sparsify",
     "summary",
