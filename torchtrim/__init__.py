@@ -75,6 +75,8 @@ if TYPE_CHECKING:
     from torchtrim.report.feature_maps import feature_maps
     from torchtrim.report.size import size_report
     from torchtrim.search.prune import prune_channels
+    from torchtrim.search.sensitivity import Sensitivity, sensitivity
+    from torchtrim.search.top_down import TopDown, top_down
     from torchtrim.train.distilled import Distilled
     from torchtrim.train.distiller import Distiller
     from torchtrim.train.find_lr import RateTest, find_lr
@@ -164,6 +166,8 @@ _HOME = {
     "report.feature_maps": ("feature_maps",),
     "report.size": ("size_report",),
     "search.prune": ("prune_channels",),
+    "search.sensitivity": ("Sensitivity", "sensitivity"),
+    "search.top_down": ("TopDown", "top_down"),
     "train.find_lr": ("RateTest", "find_lr"),
     "train.finetune": ("finetune",),
     "train.freeze": ("freeze", "unfreeze"),
@@ -253,6 +257,7 @@ __all__ = [
     "Remove",
     "Replace",
     "SelectionError",
+    "Sensitivity",
     "ServingFolder",
     "SizeReport",
     "Sparsify",
@@ -262,6 +267,7 @@ __all__ = [
     "Synced",
     "TeacherCache",
     "Tolerance",
+    "TopDown",
     "TorchTrimError",
     "TorchTrimWarning",
     "TraceError",
@@ -300,10 +306,12 @@ __all__ = [
     "remove",
     "replace",
     "save",
+    "sensitivity",
     "size_report",
     "sparsify",
     "summary",
     "sync_optimizer",
+    "top_down",
     "trace",
     "unfreeze",
     "verify_onnx",
