@@ -157,8 +157,8 @@ def report(
         f"- without a block by itself, loss (points of top-1 lost): {single}",
         "- Spearman with the order by loss, and by top-1 lost; forward and backward passes over the ranking pictures",
         f"- top-1: in percent, after taking out the first {options.take} of the order together",
-        "- ablation by loss is the truth's own measure on the ranking pictures: its Spearman says how far a figure on so "
-        "few can be trusted",
+        "- ablation by loss is the truth's own measure on the ranking pictures: its Spearman says how far a figure on "
+        "so few can be trusted",
         f"- attribution on every {FEW}th of them",
         *(f"- {name}: {found['refused']}" for name, found in results.items() if "refused" in found),
     ]
