@@ -41,6 +41,7 @@ METRICS: dict[str, tuple[str, str | None]] = {
     "ablation, loss": ("ablation", "loss"),
 }
 QUICK = ("influence", "sampled")
+OTHERS = 5  # choices of rows for the metric that takes some of them
 FEW = 25  # attribution takes so many steps a block that it sees one picture in so many
 
 
@@ -84,6 +85,10 @@ def main() -> int:
             "out": out,
             "top1": truth.without(out)[1],
         }
+        if metric == "sampled":  # which looks at a tenth of the rows: at others, too
+            moved = [ranking[0].roll(shift, 0).split(25) for shift in range(1, 1 + OTHERS)]
+            others = [tt.rank_blocks(model, list(each), metric, EXAMPLE) for each in moved]
+            results[name]["others"] = [each.spearman(truth.losses) for each in others]
         print(name, results[name], flush=True)
     report(truth, results, options, stem, (len(ranking[1]), len(figure[1])))
     return 0
@@ -150,6 +155,7 @@ def report(
                 f"{found['top1']:.1f}",
             )
         )
+    again = [found["others"] for found in results.values() if "others" in found]
     single = ", ".join(f"{_short(path)}: {truth.losses[path]:.3f} ({truth.drops[path]:.1f})" for path in order)
     notes = [
         f"- blocks of `blocks`, the least important first; ranked on {ranking} pictures, judged on {figure} others "
@@ -157,8 +163,9 @@ def report(
         f"- without a block by itself, loss (points of top-1 lost): {single}",
         "- Spearman with the order by loss, and by top-1 lost; forward and backward passes over the ranking pictures",
         f"- top-1: in percent, after taking out the first {options.take} of the order together",
-        "- ablation by loss is the truth's own measure on the ranking pictures: its Spearman says how far a figure on "
+        "- ablation by loss is the truth's own measure, on the ranking pictures: its Spearman says how far figures on "
         "so few can be trusted",
+        *(f"- sampled, with other rows: {', '.join(f'{one:.2f}' for one in others)}" for others in again),
         f"- attribution on every {FEW}th of them",
         *(f"- {name}: {found['refused']}" for name, found in results.items() if "refused" in found),
     ]

@@ -435,6 +435,7 @@ def test_values_that_are_not_finite_are_told(metric: str) -> None:
 def test_an_iterator_is_gone_through_once_and_no_row_is_lost() -> None:
     data = pictures()
     assert tt.rank_blocks(small(), iter(data)).rows == 24
+    assert tt.rank_blocks(small(), torch.randn(8, 3, 12, 12).split(4)).rows == 8  # a tuple of two batches
 
 
 def test_from_the_shell(tmp_path: Path) -> None:

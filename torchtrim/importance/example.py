@@ -37,10 +37,6 @@ def example_of(
         if known is None:
             raise InputError("nothing says which input this model takes", hint="example_inputs=, or data=")
         return known, data or ()
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(each, torch.Tensor) for each in data):
-        raise InputError(
-            "data is an iterable of batches, and this is one batch", path="data", hint="data=[(inputs, targets)]"
-        )
     source = iter(data)
     try:
         first = next(source)

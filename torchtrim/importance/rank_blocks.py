@@ -74,9 +74,10 @@ def rank_blocks(
 
     How far a block turns its input (`influence`, `angular`, `norm`) is a poor proxy on some models: the first blocks of
     convolutional networks turn it far, and what counts is whether the answer depends on it. On the nine residual blocks
-    of EfficientNet-Lite0 the rank correlation with the loss after removal, on other pictures, was -0.1 for these three,
-    0.8 for `sampled`, 0.6 for `fisher` and `taylor`, 0.9 for `gradient`; and 0.7 for `ablation` itself, since 250
-    pictures tell no more (`benchmarks/rank_lite0.py`).
+    of EfficientNet-Lite0 the rank correlation with the loss after removal, on other pictures, was -0.1 to 0 for these
+    three, 0.6 for `fisher` and `taylor`, 0.9 for `gradient`, and 0.7 for `ablation` itself, since 250 pictures tell no
+    more (-0.7 for `attribution`, on 10 of them; `benchmarks/rank_lite0.py`). `sampled` takes 20 of them: 0.8 there,
+    but 0.55 to 0.8 with other rows.
 
     The model runs in eval mode as a copy that shares its weights: gradients, modes, buffers, hooks, `requires_grad` and
     the random state stay as they are. No activations are kept, but for the backward pass of one batch.
