@@ -8,36 +8,61 @@ from pathlib import Path
 
 import onnx
 import pytest
-import timm
 import torch
 from torch import nn
 
 import torchtrim as tt
 from torchtrim.errors import ExportError, ExportMismatch, InputError
 from torchtrim.export.auto import _Candidate, settle
+from torchtrim.export.calibration_data import CalibrationData
 from torchtrim.export.compare import Tolerance
 from torchtrim.export.judge import Agreement, Judge
 from torchtrim.export.kinds import kinds_of
+from torchtrim.export.mixed import DYNAMIC, STATIC, Mixture, _build, _nearest
 from torchtrim.export.selection import Selection
+from torchtrim.export.targets import TARGETS
+from torchtrim.export.workbench import Workbench
 
-X = torch.zeros(1, 3, 64, 64)
+X = torch.zeros(1, 3, 32, 32)
+
+
+class Mixer(nn.Module):
+    """Products that widen and narrow, with norms between."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 8, 8)
+        self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(depth))
+        self.wide = nn.ModuleList(nn.Linear(32, 64) for _ in range(depth))
+        self.narrow = nn.ModuleList(nn.Linear(64, 32) for _ in range(depth))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        for norm, wide, narrow in zip(self.norms, self.wide, self.narrow, strict=True):
+            x = x + narrow(nn.functional.gelu(wide(norm(x))))
+        return self.head(x.mean(1))
 
 
 @pytest.fixture(scope="module")
 def convnet() -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model("test_efficientnet", num_classes=10).eval()
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.ReLU(), nn.Conv2d(16, 32, 1), nn.SiLU()),
+        *(nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+    ).eval()
 
 
 @pytest.fixture(scope="module")
 def transformer() -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model("test_vit", num_classes=10, img_size=64).eval()
+    return Mixer().eval()
 
 
 def pictures(count: int = 6, rows: int = 8) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(rows, 3, 64, 64, generator=generator) for _ in range(count)]
+    return [torch.randn(rows, 3, 32, 32, generator=generator) for _ in range(count)]
 
 
 def ops(path: Path) -> set[str]:
@@ -70,10 +95,8 @@ def test_without_data_nothing_is_calibrated(transformer: nn.Module, tmp_path: Pa
     assert any("without data" in note for note in chosen.notes)
 
 
-def test_mixed_has_static_convolutions_and_no_static_products(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = timm.create_model("test_convnext", num_classes=10).eval()
-    report = export(model, tmp_path / "net.onnx", quantize="mixed", data=pictures())
+def test_mixed_chooses_by_kind(transformer: nn.Module, tmp_path: Path) -> None:
+    report = export(transformer, tmp_path / "net.onnx", quantize="mixed", data=pictures())
     assert report.quantize == "mixed"
     assert any(note.startswith("mixed: ") for note in report.notes)
     assert report.quantized_nodes > 0
@@ -81,13 +104,22 @@ def test_mixed_has_static_convolutions_and_no_static_products(tmp_path: Path) ->
 
 
 def test_mixed_leaves_in_float_what_costs_the_outputs(transformer: nn.Module, tmp_path: Path) -> None:
-    def mixed(name: str, cosine: float) -> tt.ExportReport:
-        limits = Tolerance(None, cosine=cosine)
-        return export(transformer, tmp_path / name, quantize="mixed", data=pictures(), tolerance=limits)
+    path = tt.export_onnx(transformer, X, tmp_path / "a.onnx", benchmark=False).path
+    data = CalibrationData.spool(pictures(), transformer, path, tmp_path / "data")
+    bench = Workbench(path, tmp_path, target=TARGETS["cpu"], data=data, threads=1)
+    kinds = kinds_of(bench.graph, {})
+    choice = {kind.name: DYNAMIC if kind.product else STATIC for kind in kinds}
+    feed = {"x": X.numpy()}
 
-    loose = mixed("a.onnx", 0.5)
-    strict = mixed("b.onnx", 1 - (1 - loose.verification.cosine) / 2)
-    assert strict.quantized_nodes < loose.quantized_nodes
+    def nearest(cosine: float) -> Mixture:
+        judge = Judge(path, data, cosine=cosine, max_drop=1, threads=1)
+        return _nearest(bench, judge, kinds, choice, _build(bench, kinds, choice), feed)
+
+    loose = nearest(0.5)
+    assert loose.kept_float == () and loose.built.nodes == 8
+    strict = nearest(1 - (1 - loose.agreement.cosine) / 3)
+    assert strict.kept_float and strict.built.nodes < 8
+    assert strict.agreement.cosine > loose.agreement.cosine
     assert any("stay float for accuracy" in note for note in strict.notes)
 
 
@@ -126,7 +158,7 @@ def test_static_with_every_way_to_choose_ranges(convnet: nn.Module, tmp_path: Pa
         calibration=method,
         tolerance=Tolerance(None),
     )
-    assert report.quantize == "static" and report.quantized_nodes > 10
+    assert report.quantize == "static" and report.quantized_nodes >= 5
     assert report.verification.cosine > 0.97
 
 
@@ -173,8 +205,8 @@ def test_bad_options_are_refused_before_the_work(convnet: nn.Module, tmp_path: P
     for asked, error, told in (
         ({"quantize": "static"}, InputError, "there is none"),
         ({"quantize": "static", "data": []}, InputError, "no data to calibrate on"),
-        ({"quantize": "static", "data": [torch.zeros(2, 3, 64)]}, InputError, "does not take"),
-        ({"quantize": "static", "data": [torch.full((2, 3, 64, 64), float("nan"))]}, InputError, "NaN"),
+        ({"quantize": "static", "data": [torch.zeros(2, 3, 32)]}, InputError, "does not take"),
+        ({"quantize": "static", "data": [torch.full((2, 3, 32, 32), float("nan"))]}, InputError, "NaN"),
         ({"calibration": "best"}, InputError, "minmax, entropy, percentile, mse"),
         ({"bits": 3}, InputError, "8 bits or 4"),
         ({"block": 48}, InputError, "power of two"),
@@ -264,3 +296,107 @@ def test_the_code_in_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(blocks) == 4
     assert (tmp_path / "served" / "predict.py").is_file()
     assert getattr(names["checked"], "passed") is True  # noqa: B009
+
+
+def test_a_gemm_is_dynamic_where_it_is_named(transformer: nn.Module, tmp_path: Path) -> None:
+    from torchtrim.export.prepare import prepare
+    from torchtrim.export.quantize import quantize_dynamic
+
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8))
+    path = tt.export_onnx(model, torch.zeros(2, 16), tmp_path / "a.onnx", benchmark=False).path
+    prepare(path, tmp_path / "p.onnx")
+    gemms = [node.name for node in onnx.load(tmp_path / "p.onnx").graph.node if node.op_type == "Gemm"]
+    assert len(gemms) == 2
+    assert quantize_dynamic(tmp_path / "p.onnx", tmp_path / "q.onnx", nodes=gemms[:1]) == 1
+
+
+def test_a_cosine_alone_is_all_that_is_asked(transformer: nn.Module, tmp_path: Path) -> None:
+    assert Tolerance(cosine=0.9).relative is None
+    report = export(transformer, tmp_path / "a.onnx", quantize="dynamic", tolerance=Tolerance(cosine=0.9))
+    assert report.quantize == "dynamic"
+
+
+def test_the_selection_says_what_was_kept_in_the_end(transformer: nn.Module, tmp_path: Path) -> None:
+    report = export(transformer, tmp_path / "a.onnx", quantize="auto", data=pictures(), tolerance=Tolerance(1e-4))
+    assert report.selection is not None
+    assert report.quantize == report.selection.kept.scheme == "float32"
+    assert [one.kept for one in report.selection.tried].count(True) == 1
+
+
+def test_labels_belong_to_the_output_that_knows_them(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            features = self.body(x).relu()
+            return {"features": features, "logits": self.head(features)}
+
+    model = Two().eval()
+    batches = [torch.randn(16, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    with torch.no_grad():
+        data = [(batch, model(batch)["logits"].argmax(1)) for batch in batches]
+    report = tt.export_onnx(
+        model, batches[0], tmp_path / "a.onnx", quantize="auto", data=data, benchmark=False, threads=1
+    )
+    assert report.selection is not None
+    plain = report.selection.tried[0].agreement
+    assert plain is not None and plain.reference_accuracy == 1.0
+    assert report.verification.reference_accuracy == 1.0
+
+
+def test_labels_of_other_rows_are_noticed(convnet: nn.Module, tmp_path: Path) -> None:
+    with torch.no_grad():
+        wrong = [(batch, (convnet(batch).argmax(1) + 1) % 10) for batch in pictures()]
+    report = export(convnet, tmp_path / "a.onnx", quantize="auto", data=wrong, tolerance=Tolerance(cosine=0.5))
+    assert report.selection is not None
+    assert any("are the labels those of its classes" in note for note in report.selection.notes)
+
+
+def test_what_is_common_to_all_classes_does_not_hide_the_error(tmp_path: Path) -> None:
+    class Shifted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 100
+
+    path = tt.export_onnx(Shifted(), torch.zeros(2, 5), tmp_path / "a.onnx", benchmark=False).path
+    feeds = [{"x": torch.randn(64, 5, generator=torch.Generator().manual_seed(0)).numpy()}]
+    judge = Judge(path, feeds)
+
+    class Noisy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flip(1) + 100
+
+    other = tt.export_onnx(Noisy(), torch.zeros(2, 5), tmp_path / "b.onnx", benchmark=False).path
+    found = judge.of(other)
+    assert found.cosine < 0.5 and judge.against(found) is not None
+    assert found.expected_drop is not None and found.expected_drop > 0.2
+    assert judge.of(path).expected_drop == 0
+
+
+def test_a_double_model_is_quantized_as_a_single_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10)).double().eval()
+    data = [torch.randn(8, 3, 8, 8).double() for _ in range(4)]
+    for scheme in ("dynamic", "static"):
+        report = tt.export_onnx(
+            model, data[0][:1], tmp_path / f"{scheme}.onnx", quantize=scheme, data=data, benchmark=False
+        )
+        assert report.quantize == scheme and report.quantized_nodes > 0 and report.verification.cosine > 0.98
+        assert any("float64" in note for note in report.notes)
+    assert next(model.parameters()).dtype is torch.float64
+
+
+def test_no_more_than_512_rows_are_read(convnet: nn.Module, tmp_path: Path) -> None:
+    served = []
+
+    def endless() -> Iterator[torch.Tensor]:
+        while True:
+            served.append(64)
+            yield torch.randn(64, 3, 32, 32)
+
+    for scheme in (None, "dynamic"):
+        served.clear()
+        export(convnet, tmp_path / f"{scheme}.onnx", quantize=scheme, data=endless())
+        assert sum(served) == 512

@@ -14,10 +14,10 @@ Data = Annotated[
     Path | None,
     typer.Option(help="A folder of pictures, in a folder for each class; or a .npz, .npy or .pt file of arrays."),
 ]
-Limit = Annotated[int | None, typer.Option(help="Use this many rows of --data, spread evenly.", min=1)]
+Limit = Annotated[int, typer.Option(help="Use this many rows of --data, spread evenly.", min=1)]
 
 
-def labelled_batches(data: Path, limit: int | None, x: Inputs, classes: int | None) -> Any:
+def labelled_batches(data: Path, limit: int, x: Inputs, classes: int | None) -> Any:
     """The data in batches, with labels where they are the classes of the model's output.
 
     Args:

@@ -45,7 +45,7 @@ def export(
     target: Target = "cpu",
     quantize: Quantize = None,
     data: Data = None,
-    limit: Limit = None,
+    limit: Limit = 512,
     calibration: Annotated[
         str, typer.Option(help="How static int8 chooses ranges: minmax, entropy, percentile, mse.")
     ] = "minmax",

@@ -50,7 +50,7 @@ def rank(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw scores and costs by depth into this file.")
     ] = None,
-    limit: Limit = None,
+    limit: Limit = 512,
     input: InputShapes = None,
     pretrained: Pretrained = False,
     weights: Weights = None,

@@ -44,7 +44,7 @@ def verify(
     file: OnnxFile,
     model: Model,
     data: Data = None,
-    limit: Limit = None,
+    limit: Limit = 512,
     max_drop: Annotated[
         float | None,
         typer.Option(

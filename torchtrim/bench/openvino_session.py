@@ -31,7 +31,11 @@ _TYPES = {
 
 
 def open_session(
-    path: str | os.PathLike[str], *, providers: Sequence[str] | None = None, threads: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    optimise: bool = True,
 ) -> OnnxSession:
     """An ONNX file that is ready to run: in OpenVINO where the provider asked for is `OpenVINO`, else in ONNX Runtime.
 
@@ -39,6 +43,7 @@ def open_session(
         path: The file.
         providers: ONNX Runtime's execution providers, best first, or `["OpenVINO"]`; the CPU's by default.
         threads: Threads to compute with; the runtime's default where it is None.
+        optimise: Whether ONNX Runtime may fuse nodes.
 
     Raises:
         ExportError: There is no such file, it cannot be read, or a provider is not installed here.
@@ -47,7 +52,7 @@ def open_session(
     """
     wanted = list(providers or ())
     if OPENVINO not in wanted:
-        return OnnxSession(path, providers=providers, threads=threads)
+        return OnnxSession(path, providers=providers, threads=threads, optimise=optimise)
     if len(wanted) > 1:
         raise InputError("OpenVINO runs a whole file by itself", path="providers", found=wanted, expected=[OPENVINO])
     return OpenVinoSession(path, threads=threads)

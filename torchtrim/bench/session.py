@@ -35,6 +35,8 @@ class OnnxSession:
         path: The file.
         providers: ONNX Runtime's execution providers, best first; the CPU's by default.
         threads: Threads for one operator; ONNX Runtime's default where it is None.
+        optimise: Whether ONNX Runtime may fuse nodes. Without that it computes what the file says, node by node, as
+            slow as that is: what it would fuse for this processor may saturate where another device does not.
 
     Raises:
         ExportError: There is no such file, it cannot be read, or a provider is not installed here.
@@ -42,7 +44,12 @@ class OnnxSession:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, providers: Sequence[str] | None = None, threads: int | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        optimise: bool = True,
     ) -> None:
         if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
             raise ExportError("there is no such ONNX file", path=path, hint="export_onnx writes one")
@@ -60,6 +67,8 @@ class OnnxSession:
             )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        if not optimise:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
@@ -76,8 +85,15 @@ class OnnxSession:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The file's own notes (`metadata_props`)."""
-        return dict(self._session.get_modelmeta().custom_metadata_map)
+        """The file's own notes (`metadata_props`).
+
+        Raises:
+            ExportError: They are no text.
+        """
+        try:
+            return dict(self._session.get_modelmeta().custom_metadata_map)
+        except UnicodeDecodeError as error:
+            raise ExportError("the file's notes are no text, so it was altered", path=self.path) from error
 
     @property
     def input_names(self) -> list[str]:

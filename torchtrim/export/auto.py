@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import onnx
+
 from torchtrim.bench.latency import benchmark
+from torchtrim.bench.openvino_session import open_session
 from torchtrim.bench.timing import Timing
 from torchtrim.errors import ExportError, InputError
 from torchtrim.export.calibration_data import Feed
 from torchtrim.export.graph import size_mb
 from torchtrim.export.judge import Agreement, Judge
+from torchtrim.export.kernels import refuse_unsupported
 from torchtrim.export.mixed import inputs_of, mix
 from torchtrim.export.selection import Selection, Tried
 from torchtrim.export.workbench import Built, Workbench
@@ -33,6 +37,7 @@ class _Candidate:
     seconds: float = 0.0
     why: str = ""
     notes: list[str] = field(default_factory=list)
+    lost: bool = True  # until it is found near enough, and faster
 
     @property
     def ratio(self) -> float:
@@ -53,6 +58,21 @@ class _Candidate:
         )
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What `choose` keeps.
+
+    Attributes:
+        built: The file.
+        selection: The whole list.
+        others: The other files that are near enough and faster than the float file, the fastest first.
+    """
+
+    built: Built
+    selection: Selection
+    others: tuple[Built, ...]
+
+
 def choose(
     bench: Workbench,
     judge: Judge,
@@ -63,7 +83,7 @@ def choose(
     threads: int | None = None,
     seconds: float = 0.4,
     say: Callable[[str], object] = lambda step: None,
-) -> tuple[Built, Selection]:
+) -> Chosen:
     """Make the candidates, measure them side by side, and keep the fastest that is near enough to the float file.
 
     Each is timed in alternating rounds with the float file, and lost where it is slower. Those left are compared, the
@@ -81,7 +101,7 @@ def choose(
         say: Called with what is being done.
 
     Returns:
-        The file kept, and the whole list.
+        The file kept, the whole list, and what to fall back on.
     """
     began = time.perf_counter()
     plain = _Candidate("float", "float32", Built("float", "float32", bench.plain, 0), agreement=judge.of(bench.plain))
@@ -93,8 +113,10 @@ def choose(
         start = time.perf_counter()
         try:
             candidate.built = make()
+            _try(candidate.built, bench, feed, provider, threads)
         except (ExportError, InputError) as error:
-            candidate.why = f"cannot be made: {error.message}"
+            candidate.why = f"cannot be {'made' if candidate.built is None else 'run'}: {error.message}"
+            candidate.built = None
         else:
             if candidate.built.nodes == 0 and scheme not in ("fp16", "bf16"):
                 candidate.built, candidate.why = None, "has nothing to quantize"
@@ -120,9 +142,23 @@ def choose(
         rows=judge.rows,
         max_drop=judge.max_drop,
         seconds=time.perf_counter() - began,
-        notes=(*notes, *kept.notes),
+        notes=(*notes, *judge.notes, *kept.notes),
     )
-    return kept.built, selection
+    faster = [one for one in made[1:] if one is not kept and not one.lost and one.built is not None]
+    others = tuple(one.built for one in sorted(faster, key=lambda one: one.ratio) if one.built is not None)
+    return Chosen(kept.built, selection, others if timed else ())
+
+
+def _try(built: Built, bench: Workbench, feed: Feed, provider: str, threads: int | None) -> None:
+    """Run a candidate once, so that one that does not run is out before it is timed.
+
+    Raises:
+        ExportError: It does not run, or the target has no kernel for one of its nodes.
+    """
+    if bench.target.name in ("cuda", "tensorrt"):
+        refuse_unsupported(onnx.load(built.path, load_external_data=False), bench.target.name)
+    if built.scheme != "bf16" or provider != "CPUExecutionProvider":
+        open_session(built.path, providers=[provider], threads=threads).run(dict(feed))
 
 
 _Maker = tuple[str, str, Callable[[], Built]]
@@ -165,7 +201,7 @@ def _judge(candidate: _Candidate, bench: Workbench, judge: Judge) -> None:
     candidate.agreement = judge.of(candidate.built.path)
     reason = judge.against(candidate.agreement)
     if reason is not None and candidate.scheme == "static" and candidate.agreement.cosine >= _HOPELESS:
-        for how, built in _mended(bench):
+        for how, built in _mended(bench, candidate.notes):
             found = judge.of(built.path)
             if found.wrong is None and found.cosine > candidate.agreement.cosine:
                 candidate.built, candidate.agreement = built, found
@@ -178,17 +214,24 @@ def _judge(candidate: _Candidate, bench: Workbench, judge: Judge) -> None:
         candidate.why = reason
 
 
-def _mended(bench: Workbench) -> Iterator[tuple[str, Built]]:
+def _mended(bench: Workbench, notes: list[str]) -> Iterator[tuple[str, Built]]:
     """Static files that may be nearer: other ranges, equal ranges in channels, corrected biases."""
     for method in ("percentile", "mse", "entropy"):
         if method != bench.options.method:
             yield f"ranges by {method}", bench.static(method=method, name=f"static, {method}")
-    smoothed, norms = bench.smoothed()
-    equal, pairs = bench.equalised()
-    for count, path, what in ((norms, smoothed, "layer norms smoothed"), (pairs, equal, "convolutions equalised")):
-        if count:
-            yield what, bench.static(prepared=path, statistics=bench.calibrated(path), name=f"static, {what}")
-    corrected, _ = bench.corrected(bench.static(method="percentile", name="static, percentile"))
+    for what, change in (("layer norms smoothed", bench.smoothed), ("convolutions equalised", bench.equalised)):
+        try:
+            path, count = change()
+            if count:
+                calibrated = bench.calibrated(path)
+                yield what, bench.static(prepared=path, statistics=calibrated, name=f"static, {what}")
+        except (ExportError, InputError) as error:
+            notes.append(f"static: {what}: {error.message}")
+    try:
+        corrected, _ = bench.corrected(bench.static(method="percentile", name="static, percentile"))
+    except (ExportError, InputError) as error:
+        notes.append(f"static: biases corrected: {error.message}")
+        return
     yield "ranges by percentile, biases corrected", corrected
 
 
@@ -214,9 +257,10 @@ def _keep(
 
 def settle(plain: _Candidate, left: list[_Candidate]) -> _Candidate:
     """The fastest of those timed, or the float file where none is faster beyond the noise; each is told why."""
+    for one in left:
+        one.lost = one.timing is None or one.timing.ratio_high >= 1
     best = min(left, key=lambda one: one.ratio, default=None)
-    faster = best is not None and best.timing is not None and best.timing.ratio_high < 1
-    kept = best if best is not None and faster else plain
+    kept = min((one for one in left if not one.lost), key=lambda one: one.ratio, default=plain)
     for other in (plain, *left):
         if other is kept:
             other.why = "kept"

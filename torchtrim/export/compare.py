@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Tolerance:
             in place of `top1`; None: not asked.
     """
 
-    relative: float | None = 1e-3
+    relative: float | None = None
     cosine: float | None = None
     agreement: float = 0.95
     top1: float | None = None
@@ -274,7 +274,9 @@ def _missed(found: OutputError, wrong: str | None, rows: int, limits: Tolerance)
         yield f"cosine {found.cosine:.4f}", f"at least {limits.cosine}"
     if limits.max_drop is not None:
         yield from _dropped(found, limits.max_drop)
-    elif limits.top1 is not None and found.top1 is not None and rows >= FEW_ROWS and found.top1 < limits.top1:
+    # Where labels tell the accuracy, the agreement still tells whether they are labels of these rows.
+    asked = limits.max_drop is None or found.accuracy is not None
+    if asked and limits.top1 is not None and found.top1 is not None and rows >= FEW_ROWS and found.top1 < limits.top1:
         yield f"top-1 agreement {found.top1:.1%}", f"at least {limits.top1:.1%}"
 
 
@@ -306,3 +308,28 @@ def _beyond_comparison(reference: NDArray[np.float64], found: NDArray[np.float64
     if (np.isinf(reference) & (found != reference)).any():
         return "an infinity from the PyTorch model where the file gives another value"
     return None
+
+
+def output_of_classes(outputs: Mapping[str, NDArray[Any]], targets: NDArray[np.int64] | None) -> str | None:
+    """The output that labels belong to: of those with a column for each class, the one that is right most often.
+
+    Args:
+        outputs: What the model gave, by name.
+        targets: The class of each row; negative where it is not known. None: there are none.
+
+    Returns:
+        Its name; the first with columns where there are no labels, or some past every last column; None where no output
+        has columns.
+
+    Example:
+        >>> features, logits = np.ones((2, 8)), np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> output_of_classes({"features": features, "logits": logits}, np.array([1, 2]))
+        'logits'
+    """
+    columns = {name: value for name, value in outputs.items() if value.ndim == 2 and value.shape[1] > 1}
+    if targets is None or not columns:
+        return next(iter(columns), None)
+    known = targets >= 0
+    fitting = {name: value for name, value in columns.items() if targets.max(initial=-1) < value.shape[1]}
+    right = {name: int((value.argmax(1) == targets)[known].sum()) for name, value in fitting.items()}
+    return max(right, key=lambda name: right[name]) if right else next(iter(columns))

@@ -31,11 +31,13 @@ class Converted:
         built: The file.
         notes: What there is to know of it.
         selection: What `auto` tried; None elsewhere.
+        others: What else `auto` would keep, the fastest first.
     """
 
     built: Built
     notes: tuple[str, ...] = ()
     selection: Selection | None = None
+    others: tuple[Built, ...] = ()
 
 
 def convert(
@@ -95,13 +97,16 @@ def convert(
         cosine=COSINE if cosine is None else cosine,
         provider=provider,
         threads=threads,
+        optimise=bench.target.name in ("cpu", "openvino") or timed,
     )
     if scheme == "mixed":
         say("mixing")
         mixture = mix(bench, judge, feed, threads=threads)
-        return Converted(mixture.built, mixture.notes)
-    kept, selection = choose(bench, judge, feed, provider=provider, timed=timed, threads=threads, say=say)
-    return Converted(kept, (), selection)
+        missed = judge.against(mixture.agreement)
+        told = () if missed is None else (f"mixed: the nearest mixture is not near enough: {missed}",)
+        return Converted(mixture.built, (*mixture.notes, *judge.notes, *told))
+    chosen = choose(bench, judge, feed, provider=provider, timed=timed, threads=threads, say=say)
+    return Converted(chosen.built, (), chosen.selection, chosen.others)
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,11 @@ from torchtrim.export.place import free_place, put_in_place, workshop
 from torchtrim.export.proven import Limits, proven, speed_notes, timed_beside, word_of
 from torchtrim.export.quantize import DYNAMIC_OPS
 from torchtrim.export.report import ExportReport
+from torchtrim.export.runs import Data, at_most
 from torchtrim.export.scheme import scheme_of
 from torchtrim.export.stand_in import run_once
 from torchtrim.export.targets import resolve, run_on
 from torchtrim.export.trained import checked_ranges, find_ranges
-from torchtrim.export.verify import Data
 from torchtrim.export.workbench import Workbench
 from torchtrim.graph.copying import full_copy, kept_random_state, structural_copy, unwrap
 from torchtrim.graph.inputs import ExampleInputs
@@ -92,8 +92,8 @@ def export_onnx(
     - `"auto"`: all that make sense are made, timed in alternating rounds beside the float file, and compared; the
       fastest that loses at most `max_drop` is kept, the float file where nothing is faster (`report.selection`).
 
-    At most 512 rows of the data are read: half of them to calibrate on, half to compare on. They are kept on disk while
-    it works, so that memory does not grow with them.
+    At most 512 rows of the data are read. Where something is calibrated, half of them are to calibrate on and half to
+    compare on; they are kept on disk while it works, so that memory does not grow with them.
 
     Args:
         model: The model; one inside `torch.compile` or `DistributedDataParallel` is taken out of it.
@@ -178,16 +178,17 @@ def export_onnx(
         plain = folder / "float" / destination.name
         plain.parent.mkdir()
         # The exporter leaves its own tensors in attributes that a forward writes to.
-        exported, given = structural_copy(copied, own_buffers=True), inputs
-        if scheme not in ("float32", "dynamic") and has_doubles(copied, inputs):
-            exported, given = full_copy(copied).float(), inputs.map(single)
+        exported, given, beside = structural_copy(copied, own_buffers=True), inputs, copied
+        cast = scheme != "float32" and has_doubles(copied, inputs)
+        if cast:
+            exported, given, beside = full_copy(copied).float(), inputs.map(single), full_copy(copied).float()
             notes.append("the model is float64; it was turned into float32 first, and so are its inputs and outputs")
         wanted_opset = opset or _NEEDED.get((place.name, scheme, bits if scheme == "weight_only" else 0))
         write_float(exported, given, plain, names=names, dynamic=dynamic, opset=wanted_opset)
         precision = scheme_of(plain)
         scheme = precision if scheme == "float32" else scheme
         spooled = None
-        if data is not None and scheme in _CALIBRATED:
+        if data is not None and (scheme in _CALIBRATED or cast):
             spooled = CalibrationData.spool(data, copied, plain, folder / "data")
             notes += spooled.notes
         bench = Workbench(
@@ -217,10 +218,12 @@ def export_onnx(
             say=say,
         )
         # A file that was calibrated is not compared on what it was calibrated on.
-        compared = inputs if data is None else data if spooled is None else Batches(spooled, given, names.inputs)
+        compared = (
+            given if data is None else at_most(data) if spooled is None else Batches(spooled, given, names.inputs)
+        )
         say("comparing with PyTorch")
         about = {"torch.version": str(torch.__version__)}
-        converted, verification = proven(converted, bench, destination, copied, compared, limits, provider, about)
+        converted, verification = proven(converted, bench, destination, beside, compared, limits, provider, about)
         final, notes = converted.built.path, [*notes, *converted.notes]
         quantized = converted.built.nodes
         latency = None

@@ -58,21 +58,24 @@ def proven(
 ) -> tuple[Converted, Verification]:
     """Run a converted file beside the model, and keep it only if they agree.
 
-    What `auto` chose was compared with the float file on some rows. Where it fails on all of them, the float file is
-    kept, and that is said.
+    What `auto` chose was compared with the float file on some rows. Where it fails beside the model, on all of them,
+    the next fastest takes its place, and the float file in the end; the selection says so.
 
     Raises:
         ExportError: The target has no kernel for a node.
         ExportMismatch: The file is past the tolerance.
     """
-    try:
-        return converted, _run(converted, bench, destination, model, data, limits, provider, about)
-    except ExportMismatch as error:
-        if converted.selection is None or converted.built.scheme == "float32":
-            raise
-        told = f"{converted.built.name} was chosen, and failed beside the model ({error.message}): float32 was kept"
-        plain = Converted(Built("float", "float32", bench.plain, 0), (*converted.notes, told), converted.selection)
-        return plain, _run(plain, bench, destination, model, data, limits, provider, about)
+    left = [*converted.others, Built("float", "float32", bench.plain, 0)]
+    while True:
+        try:
+            return converted, _run(converted, bench, destination, model, data, limits, provider, about)
+        except ExportMismatch as error:
+            if converted.selection is None or converted.built.scheme == "float32":
+                raise
+            built = left.pop(0)
+            told = f"{converted.built.name} was the fastest, and failed beside the model: {error.message}"
+            selection = converted.selection.instead(converted.built.name, built.name, error.message)
+            converted = Converted(built, (*converted.notes, told), selection, tuple(left))
 
 
 def _run(
@@ -123,10 +126,12 @@ def timed_beside(
 
 
 def speed_notes(latency: Benchmark) -> list[str]:
-    """How much faster or slower the converted file is, in words."""
+    """How much faster or slower the converted file is than the float one, in words."""
     if len(latency.timings) < 3:
         return []
     plain, final = latency.timings[1], latency.timings[2]
+    if final.median_low_ms <= plain.median_high_ms and plain.median_low_ms <= final.median_high_ms:
+        return [f"{final.name} and {plain.name}: no difference in latency that this measurement could tell"]
     ratio = plain.median_ms / final.median_ms
     word = "faster" if ratio >= 1 else "slower"
     return [f"{final.name} is {max(ratio, 1 / ratio):.2f} x {word} than {plain.name}"]

@@ -66,7 +66,8 @@ def quantize_dynamic(
                 prepared,
                 destination,
                 op_types_to_quantize=list(ops),
-                nodes_to_quantize=None if nodes is None else sorted(nodes),
+                # ONNX Runtime makes a MatMul and an Add of a Gemm before it looks at the names.
+                nodes_to_quantize=None if nodes is None else sorted({*nodes, *(f"{name}_MatMul" for name in nodes)}),
                 per_channel=per_channel,
                 reduce_range=reduce_range,
                 weight_type=QuantType.QInt8,

@@ -12,9 +12,11 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import InputError
+from torchtrim.export.calibration_data import ROWS
 from torchtrim.export.inputs import arguments_of, in_order, input_names
 from torchtrim.export.rows import with_other_rows
 from torchtrim.graph.inputs import ExampleInputs, Inputs
@@ -79,6 +81,35 @@ def runs_of(
                     yield Run(other, feed_of(session, model, other))
         for other in _other_sizes(small, model, session, graph):
             yield Run(other, feed_of(session, model, other), resized=True)
+
+
+def at_most(data: Data, rows: int = ROWS) -> Data:
+    """The same data up to a number of rows; one example as it is.
+
+    Args:
+        data: Batches, or one example.
+        rows: Stop once there are so many.
+    """
+    if isinstance(data, (torch.Tensor, Mapping, tuple, Inputs)) or not isinstance(data, Iterable):
+        return data
+    return _FirstRows(data, rows)
+
+
+@dataclass(frozen=True)
+class _FirstRows:
+    """The first batches of some data."""
+
+    data: Iterable[Any]
+    rows: int
+
+    def __iter__(self) -> Iterator[Any]:
+        seen = 0
+        for batch in self.data:
+            yield batch
+            sizes = (len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim())
+            seen += next(sizes, 1)
+            if seen >= self.rows:
+                return
 
 
 def feed_of(session: OnnxSession, model: nn.Module, inputs: Inputs) -> dict[str, NDArray[Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torchtrim.bench.table import Table
@@ -63,6 +63,18 @@ class Selection:
     def kept(self) -> Tried:
         """The candidate that was kept."""
         return next(tried for tried in self.tried if tried.kept)
+
+    def instead(self, failed: str, kept: str, why: str) -> Selection:
+        """The same with another candidate kept, since one failed in the end.
+
+        Args:
+            failed: The name of the one that failed.
+            kept: The name of the one that is kept now.
+            why: What it failed by.
+        """
+        told = {failed: f"failed beside the model: {why}", kept: "kept"}
+        tried = tuple(replace(one, why=told.get(one.name, one.why)) for one in self.tried)
+        return replace(self, tried=tried)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""

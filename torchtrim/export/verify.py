@@ -17,7 +17,7 @@ from torchtrim.bench.openvino_session import open_session
 from torchtrim.bench.session import OnnxSession
 from torchtrim.bench.table import Table
 from torchtrim.errors import ExportMismatch, InputError, ModelError
-from torchtrim.export.compare import TOLERANCES, OutputError, Tally, Tolerance
+from torchtrim.export.compare import TOLERANCES, OutputError, Tally, Tolerance, output_of_classes
 from torchtrim.export.outputs import named_outputs
 from torchtrim.export.repeat import differing, module_that_differs
 from torchtrim.export.runs import Data, Run, runs_of
@@ -220,7 +220,7 @@ def verify_onnx(
     if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
         OnnxSession(path)  # which says so
     graph = check_file(path)
-    session = open_session(path, providers=providers)
+    session = _opened(path, providers)
     if is_meta(inner):
         raise ModelError("the model has no weights to compare with", found="the meta device", hint="load weights first")
     scheme = scheme_of(session.path)
@@ -233,13 +233,15 @@ def verify_onnx(
     shapes: dict[tuple[int, ...], None] = {}
     notes: list[str] = []
     first: Run | None = None
+    classes: str | None = None
     with kept_random_state():
         for run in runs_of(data, example_inputs, inner, session, graph, max_batches):
             beside = beside or stand_in(inner, run.inputs)
             if run.resized and not _takes(beside, run):
                 notes.append(f"the model does not take {run.inputs.describe()}, so the file was not run on it")
                 continue
-            notes += _compare(beside, session, run, tallies, twice=first is None)
+            told, classes = _compare(beside, session, run, tallies, classes, twice=first is None)
+            notes += told
             first = first or run
             sizes.append(run.inputs.batch)
             if run.inputs.batch:
@@ -270,6 +272,16 @@ def verify_onnx(
     return verification
 
 
+def _opened(path: str | os.PathLike[str], providers: Sequence[str] | None) -> OnnxSession:
+    """The file, ready to run. One for a GPU that runs on the processor runs node by node: the kernels that it would be
+    fused into here saturate on some processors, where a GPU's do not."""
+    session = open_session(path, providers=providers)
+    elsewhere = session.metadata.get("torchtrim.target") in ("cuda", "tensorrt")
+    if elsewhere and session.provider == "CPUExecutionProvider":
+        return open_session(path, providers=providers, optimise=False)
+    return session
+
+
 def _takes(model: nn.Module, run: Run) -> bool:
     try:
         run_once(model, run.inputs)
@@ -279,9 +291,19 @@ def _takes(model: nn.Module, run: Run) -> bool:
 
 
 def _compare(
-    model: nn.Module, session: OnnxSession, run: Run, tallies: Mapping[str, Tally], *, twice: bool
-) -> list[str]:
-    """Add a run to the tallies; twice over, it says what differs from one time to the next."""
+    model: nn.Module,
+    session: OnnxSession,
+    run: Run,
+    tallies: Mapping[str, Tally],
+    classes: str | None,
+    *,
+    twice: bool,
+) -> tuple[list[str], str | None]:
+    """Add a run to the tallies; twice over, it says what differs from one time to the next.
+
+    Returns:
+        What differs, and the output that the labels belong to: the one of the first run that had labels.
+    """
     expected = named_outputs(run_once(model, run.inputs))
     found = session.run(run.feed)
     if len(expected) != len(found):
@@ -311,11 +333,11 @@ def _compare(
             )
             if _distance(references[name], repeated[name]) > _distance(references[name], values[name]):
                 values[name] = repeated[name]
-    # Labels belong to one output: the first that has a column for each class.
-    classes = next((name for name, value in references.items() if value.ndim == 2 and value.shape[1] > 1), None)
+    if classes is None and run.targets is not None:
+        classes = output_of_classes(references, run.targets)
     for name, tally in tallies.items():
         tally.add(references[name], values[name], session.path, run.targets if name == classes else None)
-    return notes
+    return notes, classes
 
 
 def _distance(one: NDArray[Any], other: NDArray[Any]) -> float:
