@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -205,3 +206,14 @@ def test_a_transformer_healed_on_data_and_drawn(tmp_path: Path) -> None:
     assert found.plot(tmp_path / "curve.png").stat().st_size > 1000
     assert found.to_dict()["removed"] == list(found.removed)
     assert [entry.kind for entry in tt.history(found.model)] == ["remove", "remove"]
+
+
+def test_the_code_in_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs" / "ranking.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "ranking.md", "exec"), names)
+    assert isinstance(names["small"], nn.Module) and list((tmp_path / "measured").glob("*.json"))
