@@ -62,11 +62,15 @@ def _explained(folder: Path, path: Path) -> Iterator[None]:
     """Say what is wrong where the disk is full, or a file in the folder cannot be written; other errors pass."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
+    except (OSError, ExportError) as error:
+        # ONNX Runtime's tools stumble over the same, and what they raise was wrapped already.
+        cause = error.__cause__ if isinstance(error, ExportError) else error
+        if isinstance(cause, OSError) and cause.errno in _FULL:
             raise ExportError(
-                f"no space left to write it: {error.strerror}", path=path, found=str(folder.parent), hint="make room"
+                f"no space left to write it: {cause.strerror}", path=path, found=str(folder.parent), hint="make room"
             ) from error
+        if isinstance(error, ExportError):
+            raise
         if error.filename is not None and folder in Path(str(error.filename)).parents:
             raise ExportError(f"cannot be written: {error.strerror}", path=path) from error
         raise
