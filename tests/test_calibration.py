@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -374,3 +375,20 @@ def test_rows_and_classes_stay_paired(batch: int | str, sizes: tuple[int, ...], 
     assert (len(calibrated), len(seen)) == data.rows
     assert {*seen, *calibrated} == set(range(sum(sizes)))
     assert len(sizes) == 1 or batch == 4 or not {*seen} & {*calibrated}
+
+
+def test_how_far_it_is_is_told(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, float]] = []
+
+    @contextmanager
+    def record(name: str) -> Iterator[Callable[[str, float], Any]]:
+        assert name == "calibrating"
+        yield lambda what, share: told.append((what, share))
+
+    monkeypatch.setattr(module, "progress", record)
+    data = CalibrationData.spool([pictures(300)], Net(), path, tmp_path / "data", told=lambda what, share: None)
+    calibrate(path, data.calibration(), ["y"])
+    assert told == [(f"{number} of 5 feeds", number / 5) for number in range(1, 6)]
+    told.clear()
+    calibrate(path, (feed for feed in data.comparison()), ["y"])  # nobody knows how many
+    assert told == [(f"{number} feeds", 0.0) for number in range(1, 6)]

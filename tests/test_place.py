@@ -14,7 +14,7 @@ import pytest
 
 from torchtrim.errors import ExportError
 from torchtrim.export import place as module
-from torchtrim.export.place import free_place, put_in_place
+from torchtrim.export.place import put_in_place
 from torchtrim.export.workshop import room_beside, workshop
 
 

@@ -26,7 +26,7 @@ from torchtrim.export.bias_correction import correct_biases, output_error
 from torchtrim.export.calibration import Statistics, calibrate
 from torchtrim.export.calibration_data import CalibrationData
 from torchtrim.export.graph import names_for, write_float
-from torchtrim.export.prepare import prepare
+from torchtrim.export.prepare import _pool_means, prepare
 from torchtrim.export.static import calibration_tensors, quantize_static
 from torchtrim.graph.inputs import Inputs
 
@@ -189,6 +189,20 @@ def test_nothing_floats_between_int8_nodes(cases: dict[str, Case], residual: Cas
 
 def conv_names(case: Case) -> list[str]:
     return [node.name for node in onnx.load(case.path).graph.node if node.op_type == "Conv"]
+
+
+def test_means_whose_output_has_no_shape_written_down() -> None:
+    x = helper.make_tensor_value_info("x", 1, ["n", 4, 6, 6])
+    y = onnx.ValueInfoProto(name="y")
+    axes = numpy_helper.from_array(np.array([2, 3]), "axes")
+    nodes = [
+        helper.make_node("ReduceMean", ["x", "axes"], ["m"], name="mean", keepdims=0),
+        helper.make_node("Relu", ["m"], ["y"], name="relu"),
+    ]
+    graph = helper.make_graph(nodes, "g", [x], [y], [axes])
+    _pool_means(graph)
+    assert [node.op_type for node in graph.node] == ["GlobalAveragePool", "Flatten", "Relu"]
+    assert not graph.value_info
 
 
 class Tapped(nn.Module):

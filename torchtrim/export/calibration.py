@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import gcd
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torchtrim.export.graph import save_whole
 from torchtrim.export.histogram import Histogram
 from torchtrim.export.ranges import METHODS, range_of
 from torchtrim.export.workshop import room_beside
+from torchtrim.graph.progress import progress
 
 MEMORY = 256_000_000  # bytes of intermediate tensors that one run may give back
 SAMPLE = 1 << 16  # values of one row of one tensor that go into its histogram
@@ -168,14 +170,15 @@ def calibrate(
     axes = dict(channels or {})
     statistics = {name: TensorStatistics() for name in watched}
     runner = Tapped(path, watched, threads=threads, memory=memory)
-    seen = False
-    with runner:
+    total, done = length_hint(feeds), 0
+    with runner, progress("calibrating") as tell:
         for feed in feeds:
-            seen = True
             for values in runner.run(feed):
                 for name, array in values.items():
                     statistics[name].add(array, axes.get(name))
-    if not seen:
+            done += 1
+            tell(f"{done} of {total} feeds" if total else f"{done} feeds", min(1.0, done / total) if total else 0.0)
+    if not done:
         raise InputError("there is nothing to calibrate on", found="no batches of data")
     return Statistics(statistics)
 

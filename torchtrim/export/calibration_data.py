@@ -105,11 +105,11 @@ class CalibrationData:
 
     def calibration(self) -> Iterator[Feed]:
         """The feeds to calibrate on."""
-        return (feed for feed, _ in self._read(0))
+        return _Feeds((feed for feed, _ in self._read(0)), self.feeds[0])
 
     def comparison(self) -> Iterator[Feed]:
         """The feeds to compare on."""
-        return (feed for feed, _ in self._read(1))
+        return _Feeds((feed for feed, _ in self._read(1)), self.feeds[1])
 
     def labelled_comparison(self) -> Iterator[tuple[Feed, NDArray[np.int64]]]:
         """The feeds to compare on, each with the class of every row.
@@ -127,6 +127,21 @@ class CalibrationData:
             with np.load(self.folder / f"{KINDS[kind]}-{number}.npz") as stored:
                 feed = {key.removeprefix("input."): stored[key] for key in stored.files if key != "targets"}
                 yield feed, stored["targets"] if self.labelled else None
+
+
+class _Feeds(Iterator[Feed]):
+    """Feeds whose number is known beforehand: whoever goes through them can say how far it is."""
+
+    def __init__(self, feeds: Iterator[Feed], count: int) -> None:
+        self._feeds, self._left = feeds, count
+
+    def __next__(self) -> Feed:
+        feed = next(self._feeds)
+        self._left -= 1
+        return feed
+
+    def __length_hint__(self) -> int:
+        return self._left
 
 
 class _Reader:
