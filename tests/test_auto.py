@@ -210,6 +210,7 @@ def test_bad_options_are_refused_before_the_work(convnet: nn.Module, tmp_path: P
         ({"calibration": "best"}, InputError, "minmax, entropy, percentile, mse"),
         ({"bits": 3}, InputError, "8 bits or 4"),
         ({"block": 48}, InputError, "power of two"),
+        ({"quantize": "weight_only", "block": 512}, InputError, "16 to 256"),
         ({"max_drop": 2}, InputError, "0.01 is a point"),
         ({"quantize": "mixed", "target": "cuda"}, ExportError, "mixed"),
         ({"quantize": "int8"}, ExportError, "unknown quantization"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torchtrim.export.calibration import Statistics, calibrate
 from torchtrim.export.calibration_data import CalibrationData
 from torchtrim.export.histogram import BINS, Histogram
 from torchtrim.export.ranges import METHODS, range_of
+from torchtrim.graph.inputs import Inputs
 
 FLOAT = onnx.TensorProto.FLOAT
 IMAGE = (3, 4, 4)
@@ -260,7 +262,7 @@ def test_reading_stops_at_the_limit_and_holds_one_feed(path: Path) -> None:
 def test_one_batch_is_split_by_rows_and_one_row_serves_twice(path: Path) -> None:
     two = spool(pictures(2), path)
     assert two.rows == (1, 1)
-    assert not two.notes
+    assert two.notes == ["only 1 row to calibrate on; some hundred are usual"]
     one = spool([pictures(1)], path)
     assert one.rows == (1, 1)
     assert "both calibrated and compared on" in one.notes[0]
@@ -278,7 +280,7 @@ def test_a_file_of_one_batch_size_gets_that_many_rows(tmp_path: Path) -> None:
 
 def test_wild_values_are_noted(path: Path) -> None:
     spooled = spool([pictures(4), pictures(4) * 1e6], path)
-    assert len(spooled.notes) == 1
+    assert len(spooled.notes) == 2
     assert "batch 2" in spooled.notes[0]
 
 
@@ -314,3 +316,79 @@ def test_bad_data_for_a_fixed_batch(tmp_path: Path) -> None:
     path = write(tmp_path / "fixed.onnx", 4)
     with pytest.raises(InputError, match="batch 1 of the data, x"):
         spool([torch.zeros(3, 1, 4, 4)], path)
+
+
+# What a person should know of the data.
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (pictures(128).abs().clamp(max=1) * 255, True),  # 0 to 255, not normalised
+        (pictures(128) / 200, True),  # divided once too often
+        (pictures(128) + 30, True),  # the mean was not taken away
+        (pictures(128) * 3, False),
+    ],
+)
+def test_data_unlike_the_example_is_noted(data: torch.Tensor, says: bool, path: Path, tmp_path: Path) -> None:
+    given = Inputs.of(pictures(2, seed=5))
+    notes = CalibrationData.spool([data], Net(), path, tmp_path / "a", example=given).notes
+    assert any("x is unlike the example" in note and "normalised" in note for note in notes) == says
+    # Without an example, or with one that says nothing, nothing is said of it.
+    for number, silent in enumerate((None, Inputs.of(torch.zeros(2, *IMAGE)))):
+        notes = CalibrationData.spool([data], Net(), path, tmp_path / str(number), example=silent).notes
+        assert not any("example" in note for note in notes)
+
+
+def test_wild_values_are_noted_once(path: Path, tmp_path: Path) -> None:
+    data = [pictures(64) * 1e5] * 4
+    for folder, example in (("a", None), ("b", Inputs.of(pictures(1))), ("c", Inputs.of(torch.zeros(1, *IMAGE)))):
+        notes = CalibrationData.spool(data, Net(), path, tmp_path / folder, example=example).notes
+        assert [note.startswith("x ") and "normalised" in note for note in notes] == [True], notes
+
+
+def test_few_rows_are_noted(path: Path, tmp_path: Path) -> None:
+    classes = torch.zeros(300, dtype=torch.int64)
+    few = CalibrationData.spool([(pictures(30), classes[:30])], Net(), path, tmp_path / "few")
+    assert few.notes == [
+        "only 15 rows to calibrate on; some hundred are usual",
+        "accuracy goes in steps of 6.7 points: it is told on 15 rows only",
+    ]
+    enough = CalibrationData.spool([(pictures(300), classes)], Net(), path, tmp_path / "enough")
+    assert enough.notes == []
+
+
+@pytest.mark.parametrize("batch", ["n", 4])
+@pytest.mark.parametrize("sizes", [(5, 7, 1, 12), (33, 40, 1, 70, 31), (1,), (3, 5)])
+def test_rows_and_classes_stay_paired(batch: int | str, sizes: tuple[int, ...], tmp_path: Path) -> None:
+    whole = torch.arange(sum(sizes))
+    # A row is full of its own number, and so is its class; negative classes and large ones are the judge's business.
+    batches = [(part.float()[:, None, None, None].expand(-1, *IMAGE), part - 3) for part in whole.split(list(sizes))]
+    data = CalibrationData.spool(batches, Net(), write(tmp_path / "net.onnx", batch), tmp_path / "data")
+    assert data.labelled
+    seen: list[int] = []
+    for feed, classes in data.labelled_comparison():
+        numbers = feed["x"][:, 0, 0, 0].astype(np.int64)
+        assert (numbers - 3 == classes).all()
+        seen += numbers.tolist()
+    calibrated = [int(number) for feed in data.calibration() for number in feed["x"][:, 0, 0, 0]]
+    assert (len(calibrated), len(seen)) == data.rows
+    assert {*seen, *calibrated} == set(range(sum(sizes)))
+    assert len(sizes) == 1 or batch == 4 or not {*seen} & {*calibrated}
+
+
+def test_how_far_it_is_is_told(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, float]] = []
+
+    @contextmanager
+    def record(name: str) -> Iterator[Callable[[str, float], Any]]:
+        assert name == "calibrating"
+        yield lambda what, share: told.append((what, share))
+
+    monkeypatch.setattr(module, "progress", record)
+    data = CalibrationData.spool([pictures(300)], Net(), path, tmp_path / "data", told=lambda what, share: None)
+    calibrate(path, data.calibration(), ["y"])
+    assert told == [(f"{number} of 5 feeds", number / 5) for number in range(1, 6)]
+    told.clear()
+    calibrate(path, (feed for feed in data.comparison()), ["y"])  # nobody knows how many
+    assert told == [(f"{number} feeds", 0.0) for number in range(1, 6)]

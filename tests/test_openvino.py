@@ -126,3 +126,23 @@ def test_openvino_beside_others_and_not_installed(file: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingDependency, match="pip install openvino"):
         open_session(file, providers=[OPENVINO])
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "auto"])
+def test_half_precision_keeps_the_files_names(scheme: str, tmp_path: Path) -> None:
+    # Casts at the inputs and outputs of an fp16 file leave names of their own on OpenVINO's ports.
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    x = torch.randn(2, 3, 16, 16)
+    data = [torch.randn(8, 3, 16, 16) for _ in range(2)]
+    report = export_onnx(
+        net, x, tmp_path / "net.onnx", target="openvino", quantize=scheme, data=data, benchmark=False, threads=1
+    )
+    assert report.verification.passed
+    session = open_session(report.path, providers=[OPENVINO])
+    assert (session.input_names, session.output_names) == (["input"], ["output"])
+    if scheme == "auto":
+        assert report.selection is not None
+        half = next(entry for entry in report.selection.tried if entry.scheme == "fp16")
+        assert half.agreement is not None  # it was made and run
+        assert half.agreement.wrong is None

@@ -105,6 +105,51 @@ def test_the_script_gives_the_answers_of_pytorch(served: Served, tmp_path: Path)
             assert found == expected
 
 
+class Ended(nn.Module):
+    """Features, then classes as logits or as probabilities."""
+
+    def __init__(self, ending: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.ending = nn.Conv2d(3, 4, 8), ending
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        maps = self.conv(x)
+        scores = maps.mean((2, 3)) * 5
+        return maps, self.ending(scores), -scores
+
+
+@pytest.mark.parametrize("ending", [nn.Softmax(1), nn.Identity()], ids=["probabilities", "logits"])
+def test_probabilities_are_printed_as_they_are_and_outputs_chosen(ending: nn.Module, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, how = Ended(ending).eval(), Preprocessing(crop=(8, 8), resize=(8, 8))
+    names = ["maps", "classes", "other"]
+    export_onnx(net, torch.zeros(1, 3, 8, 8), tmp_path / "net.onnx", output_names=names, benchmark=False)
+    picture((20, 20)).save(tmp_path / "a.png")
+    x = torch.from_numpy(how.apply(tmp_path / "a.png"))[None]
+    with torch.no_grad():
+        logits = net.conv(x).mean((2, 3))[0] * 5
+    for output, expected in ((None, logits.softmax(0)), ("other", (-logits).softmax(0))):
+        made = write_serving_folder(
+            tmp_path / "net.onnx",
+            tmp_path / "served",
+            preprocessing=how,
+            labels=list("abcd"),
+            output=output,
+            overwrite=True,
+        )
+        assert json.loads((made.path / "preprocessing.json").read_text())["output"] == (output or "classes")
+        command = [sys.executable, str(made.path / "predict.py"), str(tmp_path / "a.png")]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+        found = {int(line.split()[1]): float(line.split()[0].rstrip("%")) / 100 for line in lines}
+        assert len(found) == 4
+        for index, share in found.items():
+            assert abs(share - float(expected[index])) < 1e-4
+    with pytest.raises(InputError, match="no such output"):
+        write_serving_folder(tmp_path / "net.onnx", tmp_path / "no", preprocessing=how, output="none")
+    with pytest.raises(InputError, match="one label for each column"):
+        write_serving_folder(tmp_path / "net.onnx", tmp_path / "no", preprocessing=how, output="maps", labels=["a"])
+
+
 def test_the_file_and_the_folder_say_the_same(served: Served, tmp_path: Path) -> None:
     made = write_serving_folder(served.file, tmp_path / "served", preprocessing=served.source, labels=LABELS)
     names = ["README.md", "labels.json", "net.onnx", "predict.py", "preprocessing.json"]

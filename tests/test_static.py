@@ -26,7 +26,7 @@ from torchtrim.export.bias_correction import correct_biases, output_error
 from torchtrim.export.calibration import Statistics, calibrate
 from torchtrim.export.calibration_data import CalibrationData
 from torchtrim.export.graph import names_for, write_float
-from torchtrim.export.prepare import prepare
+from torchtrim.export.prepare import _pool_means, prepare
 from torchtrim.export.static import calibration_tensors, quantize_static
 from torchtrim.graph.inputs import Inputs
 
@@ -189,6 +189,63 @@ def test_nothing_floats_between_int8_nodes(cases: dict[str, Case], residual: Cas
 
 def conv_names(case: Case) -> list[str]:
     return [node.name for node in onnx.load(case.path).graph.node if node.op_type == "Conv"]
+
+
+def test_means_whose_output_has_no_shape_written_down() -> None:
+    x = helper.make_tensor_value_info("x", 1, ["n", 4, 6, 6])
+    y = onnx.ValueInfoProto(name="y")
+    axes = numpy_helper.from_array(np.array([2, 3]), "axes")
+    nodes = [
+        helper.make_node("ReduceMean", ["x", "axes"], ["m"], name="mean", keepdims=0),
+        helper.make_node("Relu", ["m"], ["y"], name="relu"),
+    ]
+    graph = helper.make_graph(nodes, "g", [x], [y], [axes])
+    _pool_means(graph)
+    assert [node.op_type for node in graph.node] == ["GlobalAveragePool", "Flatten", "Relu"]
+    assert not graph.value_info
+
+
+class Tapped(nn.Module):
+    """A float node's value is an output too, and is read by a float node and by a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        middle = torch.erf(self.one(x))
+        return middle, self.two(middle), torch.sin(middle)
+
+
+def test_an_output_is_float_and_its_int8_readers_stay_int8(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = Tapped().eval(), torch.randn(16, 3, 12, 12)
+    source, prepared, path = (tmp_path / f"{name}.onnx" for name in ("source", "prepared", "int8"))
+    inputs = Inputs.of(data[:2])
+    with torch.no_grad():
+        names = names_for(model, inputs, inputs.call(model), None, ["middle", "two", "sine"])
+    write_float(model, inputs, source, names=names, dynamic=True, opset=None)
+    prepare(source, prepared)
+    for form in ("tensorrt", "cpu"):
+        statistics = calibrate(prepared, [{"x": data.numpy()}], calibration_tensors(prepared, form=form))
+        assert quantize_static(prepared, path, statistics, form=form) == 2
+        onnx.checker.check_model(str(path), full_check=True)
+        graph = onnx.load(path).graph
+        makers = {name: node for node in graph.node for name in node.output}
+        by_op = {node.op_type: node for node in graph.node}
+        assert makers["middle"].op_type == "Erf"
+        assert by_op["Sin"].input[0] == "middle"
+        convolutions = [node for node in graph.node if node.op_type == "Conv"]
+        assert {makers[node.input[0]].op_type for node in convolutions} == {"DequantizeLinear"}
+        with torch.no_grad():
+            expected = model(data)
+        plain = onnxruntime.SessionOptions()
+        plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # as in `exactly`
+        session = onnxruntime.InferenceSession(str(path), plain, providers=["CPUExecutionProvider"])
+        for ours, theirs in zip(session.run(None, {"x": data.numpy()}), expected, strict=True):
+            assert np.linalg.norm(ours - theirs.numpy()) < 0.05 * np.linalg.norm(theirs.numpy())
+    run = fused(path)
+    assert (run["QLinearConv"], run["Conv"]) == (2, 0)
 
 
 def test_only_the_named_nodes_are_quantized(residual: Case) -> None:

@@ -102,8 +102,9 @@ class OpenVinoSession(OnnxSession):
         except RuntimeError as error:
             raise ExportError(f"OpenVINO cannot open the file: {error}", path=self.path) from error
         self._request = self._compiled.create_infer_request()
-        self._inputs = [_entry(port) for port in self._compiled.inputs]
-        self._outputs = [_entry(port) for port in self._compiled.outputs]
+        inputs, outputs = _names(self.path)
+        self._inputs = [_entry(port, inputs) for port in self._compiled.inputs]
+        self._outputs = [_entry(port, outputs) for port in self._compiled.outputs]
 
     @property
     def provider(self) -> str:
@@ -136,11 +137,26 @@ class OpenVinoSession(OnnxSession):
             raise ExportError(f"OpenVINO cannot run the file: {error}", path=self.path, found=shapes) from error
 
 
-def _entry(port: Any) -> _Entry:
+def _names(path: Path) -> tuple[list[str], list[str]]:
+    """The names of an ONNX file's inputs and outputs; none of a file in OpenVINO's own form."""
+    if path.suffix == ".xml":
+        return [], []
+    import onnx  # not above: it is slow to load
+
+    graph = onnx.load(path, load_external_data=False).graph
+    return [value.name for value in graph.input], [value.name for value in graph.output]
+
+
+def _entry(port: Any, names: list[str]) -> _Entry:
     shape = port.get_partial_shape()
     sizes = [dimension.get_length() if dimension.is_static else f"dim_{place}" for place, dimension in enumerate(shape)]
     kind = port.get_element_type().get_type_name()
-    return _Entry(port.get_any_name(), _TYPES.get(kind, f"tensor({kind})"), sizes)
+    # A cast at an input or an output leaves a name of its own on the port, beside the file's.
+    held = port.get_names()
+    name = next((name for name in names if name in held), None)
+    if name is not None:
+        names.remove(name)  # one value may be two outputs: each port then has both names
+    return _Entry(name or port.get_any_name(), _TYPES.get(kind, f"tensor({kind})"), sizes)
 
 
 def _notes(model: Any) -> dict[str, str]:

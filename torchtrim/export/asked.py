@@ -12,6 +12,7 @@ from torchtrim.export.inputs import in_order
 from torchtrim.export.quantize import checked_ops
 from torchtrim.export.ranges import METHODS
 from torchtrim.export.stand_in import stand_in
+from torchtrim.export.weight_only import MOST_BLOCK
 from torchtrim.export.workbench import Options
 from torchtrim.graph.copying import is_meta
 from torchtrim.graph.inputs import ExampleInputs, Inputs
@@ -42,8 +43,8 @@ def checked_options(
         )
     if isinstance(bits, bool) or bits not in (4, 8):
         raise InputError("weights have 8 bits or 4", path="bits", found=bits)
-    if isinstance(block, bool) or not isinstance(block, int) or block < 16 or block & (block - 1):
-        raise InputError("a block is a power of two, 16 or more", path="block", found=block)
+    if isinstance(block, bool) or not isinstance(block, int) or not 16 <= block <= MOST_BLOCK or block & (block - 1):
+        raise InputError(f"a block is a power of two, 16 to {MOST_BLOCK}", path="block", found=block)
     return Options(checked_ops(ops), per_channel, reduce_range, calibration, bits, block, half_io)
 
 

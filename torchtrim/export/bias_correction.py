@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -18,6 +17,8 @@ from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import InputError
 from torchtrim.export.calibration import Tapped
 from torchtrim.export.calibration_data import CalibrationData, Feed
+from torchtrim.export.graph import save_whole
+from torchtrim.export.workshop import room_beside
 
 GROUPS = 8
 ROWS = 64
@@ -90,17 +91,17 @@ def correct_biases(
     layers, skipped = _layers(onnx.load(prepared).graph, model.graph)
     biases = _Biases(model.graph)
     goal = _means(prepared, _up_to(data.calibration(), rows), {layer.float_output: layer.axis for layer in layers})
-    with tempfile.TemporaryDirectory(prefix="torchtrim-") as folder:
-        current = Path(folder) / "current.onnx"
+    with room_beside(destination) as folder:
+        current = folder / "current.onnx"
         for start in range(0, len(layers), max(1, -(-len(layers) // groups))):
             group = layers[start : start + max(1, -(-len(layers) // groups))]
-            _save(model, current)
+            save_whole(model, current, again=True)
             found = _means(
                 current, _up_to(data.calibration(), rows), {layer.int8_output: layer.axis for layer in group}
             )
             for layer in group:
                 biases.add(layer.bias, goal[layer.float_output] - found[layer.int8_output])
-    _save(model, destination)
+    save_whole(model, destination)
     return BiasCorrection(
         before=output_error(prepared, quantized, data.comparison()),
         after=output_error(prepared, destination, data.comparison()),
@@ -219,14 +220,3 @@ def _up_to(feeds: Iterator[Feed], rows: int) -> Iterator[Feed]:
         seen += next((len(array) for array in feed.values() if array.ndim), 1)
         if seen >= rows:
             return
-
-
-def _save(model: onnx.ModelProto, path: Path) -> None:
-    large = model.ByteSize() > 2_000_000_000
-    onnx.save(
-        model,
-        path,
-        save_as_external_data=large,
-        all_tensors_to_one_file=True,
-        location=f"{path.name}.data" if large else None,
-    )

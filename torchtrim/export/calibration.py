@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import gcd
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from numpy.typing import NDArray
 
 from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import ExportError, InputError
+from torchtrim.export.graph import save_whole
 from torchtrim.export.histogram import Histogram
 from torchtrim.export.ranges import METHODS, range_of
+from torchtrim.export.workshop import room_beside
+from torchtrim.graph.progress import progress
 
 MEMORY = 256_000_000  # bytes of intermediate tensors that one run may give back
 SAMPLE = 1 << 16  # values of one row of one tensor that go into its histogram
@@ -166,20 +170,21 @@ def calibrate(
     axes = dict(channels or {})
     statistics = {name: TensorStatistics() for name in watched}
     runner = Tapped(path, watched, threads=threads, memory=memory)
-    seen = False
-    with runner:
+    total, done = length_hint(feeds), 0
+    with runner, progress("calibrating") as tell:
         for feed in feeds:
-            seen = True
             for values in runner.run(feed):
                 for name, array in values.items():
                     statistics[name].add(array, axes.get(name))
-    if not seen:
+            done += 1
+            tell(f"{done} of {total} feeds" if total else f"{done} feeds", min(1.0, done / total) if total else 0.0)
+    if not done:
         raise InputError("there is nothing to calibrate on", found="no batches of data")
     return Statistics(statistics)
 
 
 class Tapped:
-    """A file that gives its intermediate tensors too; a context manager, which keeps a copy of the file meanwhile.
+    """A file that gives its intermediate tensors too; a context manager, which keeps a copy beside the file meanwhile.
 
     Args:
         path: The file.
@@ -189,7 +194,7 @@ class Tapped:
         outputs: Whether the file's own outputs are given as well.
 
     Raises:
-        ExportError: A tensor that the file does not have.
+        ExportError: A tensor that the file does not have; no room for the copy.
     """
 
     def __init__(
@@ -201,7 +206,7 @@ class Tapped:
         memory: int = MEMORY,
         outputs: bool = False,
     ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="torchtrim-")
+        self._open = ExitStack()
         self._path, self._threads, self._memory = path, threads, memory
         model = onnx.load(path, load_external_data=False)
         graph = model.graph
@@ -230,13 +235,15 @@ class Tapped:
         self._model = model
 
     def __enter__(self) -> Tapped:
-        copy = Path(self._folder.name) / "tapped.onnx"
-        _save_beside(self._model, self._path, copy)
-        self._session = OnnxSession(copy, threads=self._threads)
+        with ExitStack() as opened:  # which cleans up where something fails in here
+            copy = opened.enter_context(room_beside(self._path)) / "tapped.onnx"
+            _save_beside(self._model, self._path, copy)
+            self._session = OnnxSession(copy, threads=self._threads)
+            self._open = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
+        self._open.close()
 
     def run(self, feed: Mapping[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
         """The tensors, for a few rows and a few tensors at a time.
@@ -286,12 +293,9 @@ def _row_bytes(value: onnx.ValueInfoProto | None) -> int:
 
 def _save_beside(model: onnx.ModelProto, source: Path, copy: Path) -> None:
     """Save a changed copy in another folder; weights that lie beside the source are taken along."""
-    from torchtrim.export.graph import LARGE
-
     if any(tensor.external_data for tensor in model.graph.initializer):
         onnx.load_external_data_for_model(model, str(source.parent))
-    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGE
-    onnx.save(model, copy, save_as_external_data=large, location=f"{copy.name}.data" if large else None)
+    save_whole(model, copy)
 
 
 def _sample(rows: NDArray[Any]) -> NDArray[Any]:

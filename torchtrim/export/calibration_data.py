@@ -16,6 +16,7 @@ from torch import nn
 from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import InputError, TorchTrimError
 from torchtrim.export.inputs import arguments_of, in_order, input_names
+from torchtrim.export.likeness import Spread, unlike
 from torchtrim.graph.inputs import Inputs
 from torchtrim.graph.progress import progress
 
@@ -24,6 +25,8 @@ FEED = 32  # rows of one feed
 _FEW = 4  # feeds that are split by rows, so that both halves are of a size
 KINDS = ("calibration", "comparison")
 _WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+_USUAL = 100  # rows to calibrate on, below which it is said
+_POINT = 0.01
 _WILD = 1e4  # of the largest absolute value: pictures and embeddings are far below
 
 Feed = dict[str, NDArray[Any]]
@@ -60,6 +63,7 @@ class CalibrationData:
         *,
         limit: int = ROWS,
         told: Callable[[str, float], Any] | None = None,
+        example: Inputs | None = None,
     ) -> CalibrationData:
         """Read a user's data once, batch by batch, and keep it on disk as feeds of a file.
 
@@ -73,6 +77,7 @@ class CalibrationData:
             folder: An empty folder; the caller removes it.
             limit: At most this many rows.
             told: Called with what is done and the share of it, instead of a progress bar.
+            example: The inputs that the file was made with. Data that is ten times larger or smaller is noted.
 
         Raises:
             InputError: No data; not batches; a shape or a type that the file does not take; NaN or infinite values.
@@ -95,16 +100,16 @@ class CalibrationData:
                 "there is no data to calibrate on", found="no batches" if not reader.count else "batches without rows"
             )
         feeds, rows = spool.close()
-        notes = [*reader.notes, *spool.notes]
+        notes = [*reader.told_of(example), *spool.notes, *_told_of_few(rows, spool.labelled)]
         return CalibrationData(folder, feeds, rows, spool.labelled, notes)
 
     def calibration(self) -> Iterator[Feed]:
         """The feeds to calibrate on."""
-        return (feed for feed, _ in self._read(0))
+        return _Feeds((feed for feed, _ in self._read(0)), self.feeds[0])
 
     def comparison(self) -> Iterator[Feed]:
         """The feeds to compare on."""
-        return (feed for feed, _ in self._read(1))
+        return _Feeds((feed for feed, _ in self._read(1)), self.feeds[1])
 
     def labelled_comparison(self) -> Iterator[tuple[Feed, NDArray[np.int64]]]:
         """The feeds to compare on, each with the class of every row.
@@ -124,13 +129,34 @@ class CalibrationData:
                 yield feed, stored["targets"] if self.labelled else None
 
 
+class _Feeds(Iterator[Feed]):
+    """Feeds whose number is known beforehand: whoever goes through them can say how far it is."""
+
+    def __init__(self, feeds: Iterator[Feed], count: int) -> None:
+        self._feeds, self._left = feeds, count
+
+    def __next__(self) -> Feed:
+        feed = next(self._feeds)
+        self._left -= 1
+        return feed
+
+    def __length_hint__(self) -> int:
+        return self._left
+
+
 class _Reader:
     """Batches to feeds and targets, each checked."""
 
     def __init__(self, model: nn.Module, session: OnnxSession) -> None:
         self._model, self._session = model, session
         self.count = 0
-        self.notes: list[str] = []
+        self._seen: dict[str, Spread] = {}
+        self._wild: dict[str, str] = {}
+
+    def told_of(self, example: Inputs | None) -> list[str]:
+        """What a person should know of the values."""
+        feed = {} if example is None else self._session.feed(example, cast=True)
+        return list({**self._wild, **unlike(self._seen, feed)}.values())
 
     def read(self, number: int, batch: Any) -> tuple[Feed, NDArray[np.int64] | None]:
         self.count += 1
@@ -181,9 +207,12 @@ class _Reader:
                     found=found,
                     expected="finite numbers",
                 )
-            largest = float(np.abs(array).max())
-            if largest > _WILD and not any(note.startswith(f"{name} ") for note in self.notes):
-                self.notes.append(f"{name} reaches {largest:.3g} in {place}: is it normalised as the model expects?")
+            seen = self._seen.setdefault(name, Spread())
+            seen.add(array)
+            if seen.largest > _WILD and name not in self._wild:
+                self._wild[name] = (
+                    f"{name} reaches {seen.largest:.3g} in {place}: is it normalised as the model expects?"
+                )
 
 
 class _Spool:
@@ -283,6 +312,16 @@ class _Spool:
         np.savez(self._folder / f"feed-{len(self._written)}.npz", **arrays)  # type: ignore[arg-type]
         self._written.append(rows)
         self._held = []
+
+
+def _told_of_few(rows: tuple[int, int], labelled: bool) -> list[str]:
+    """What few rows cannot tell."""
+    notes = []
+    if rows[0] < _USUAL:
+        notes.append(f"only {rows[0]} row{'s' if rows[0] > 1 else ''} to calibrate on; some hundred are usual")
+    if labelled and rows[1] * _POINT < 1:
+        notes.append(f"accuracy goes in steps of {100 / rows[1]:.1f} points: it is told on {rows[1]} rows only")
+    return notes
 
 
 def _rows_from(inputs: Inputs, start: int, count: int) -> Inputs:

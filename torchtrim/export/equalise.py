@@ -15,6 +15,7 @@ from onnx import numpy_helper
 
 from torchtrim.errors import InputError
 from torchtrim.export.calibration import Statistics
+from torchtrim.export.graph import save_whole
 
 _ROUNDS = 20
 _LEAST, _MOST = 1e-3, 1e3  # how far one scale may go
@@ -151,14 +152,7 @@ class _Graph:
     def save(self, path: Path) -> None:
         for name, array in self._changed.items():
             self._tensors[name].CopyFrom(numpy_helper.from_array(array.astype(np.float32), name))
-        large = self.model.ByteSize() > 2_000_000_000
-        onnx.save(
-            self.model,
-            path,
-            save_as_external_data=large,
-            all_tensors_to_one_file=True,
-            location=f"{path.name}.data" if large else None,
-        )
+        save_whole(self.model, path)
 
 
 def _smoothable(graph: _Graph) -> list[tuple[onnx.NodeProto, list[onnx.NodeProto]]]:

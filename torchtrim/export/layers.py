@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +18,10 @@ from numpy.typing import NDArray
 from torchtrim.bench.session import OnnxSession
 from torchtrim.bench.table import Table
 from torchtrim.errors import ExportError, InputError
+from torchtrim.export.graph import save_whole
 from torchtrim.export.scheme import scheme_of
 from torchtrim.export.valid import check_file
+from torchtrim.export.workshop import room_beside
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 
 Feed: TypeAlias = "Mapping[str, NDArray[Any]] | ExampleInputs"
@@ -30,7 +31,6 @@ Feed: TypeAlias = "Mapping[str, NDArray[Any]] | ExampleInputs"
 THRESHOLDS = {"float32": 1e-3, "float64": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 _INT8 = 0.2
 _TENSORS, _BYTES = 24, 64_000_000  # of one group, whose tensors are held at the same time
-_LARGE = 2_000_000_000
 _SHOWN = 12
 # What ONNX Runtime's quantizers add to the name of a tensor that comes back as floats.
 _FLOAT_AGAIN = re.compile(r"_(DequantizeLinear_Output|DequantizeLinear|dequantized)(_\d+|/duplicated.*)?$")
@@ -166,7 +166,8 @@ def compare_layers(
         providers: ONNX Runtime's execution providers; the CPU's by default.
 
     Raises:
-        ExportError: A file that is not there, broken, or cannot run; two that have no tensor in common.
+        ExportError: A file that is not there, broken, or cannot run; two that have no tensor in common; no room for a
+            copy of each beside it.
         InputError: Inputs that a file does not take; a threshold that is no positive number.
 
     Example:
@@ -269,14 +270,13 @@ def _outputs(
     """These tensors of a file, on these inputs."""
     asked = list(dict.fromkeys(names))
     opened = {value.name: value for value in model.graph.input}
-    held = onnx.ModelProto()
-    held.CopyFrom(model)
-    given = {value.name for value in held.graph.output}
-    # ONNX Runtime finds out the types by itself.
-    held.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked if name not in given | set(opened))
-    with tempfile.TemporaryDirectory(prefix="torchtrim.") as folder:
-        place = Path(folder) / path.name
-        onnx.save(held, place, save_as_external_data=held.ByteSize() > _LARGE)
+    given = [value.name for value in model.graph.output]
+    with room_beside(path) as folder:
+        place = folder / path.name
+        # ONNX Runtime finds out the types by itself.
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked if name not in {*given, *opened})
+        save_whole(model, place, again=True)
+        del model.graph.output[len(given) :]  # not on a copy, which would be as large as the file
         try:
             session = OnnxSession(place, providers=providers)
             feed = session.feed(inputs, cast=True)

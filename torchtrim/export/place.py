@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torchtrim.errors import ExportError
 from torchtrim.export.graph import files_of
+from torchtrim.export.workshop import workshop
+
+__all__ = ["free_place", "put_in_place", "workshop"]
+
+_PATIENCE = 60.0  # seconds
 
 
 def free_place(path: str | os.PathLike[str], *, overwrite: bool, beside: bool) -> Path:
@@ -41,25 +46,11 @@ def free_place(path: str | os.PathLike[str], *, overwrite: bool, beside: bool) -
     return destination
 
 
-@contextmanager
-def workshop(destination: Path) -> Iterator[Path]:
-    """A folder beside the destination, so that moving the file into place cannot fail half way.
-
-    Raises:
-        ExportError: The folder cannot be written to.
-    """
-    try:
-        made = tempfile.TemporaryDirectory(prefix=".torchtrim.", dir=destination.parent)
-    except OSError as error:
-        raise ExportError(f"the folder cannot be written to: {error.strerror}", path=destination.parent) from error
-    with made as folder:
-        yield Path(folder)
-
-
 def put_in_place(final: Path, destination: Path, *, overwrite: bool, aside: Path) -> tuple[Path, ...]:
     """Move a file, and the weights beside it, to where they go: all of them, or none.
 
-    Weights that lay beside an earlier file, and belong to it, go with it.
+    Weights that lay beside an earlier file, and belong to it, go with it. Of several that are put in one place at once,
+    each is put there whole, one after the other.
 
     Args:
         final: The file, which has the destination's name, in another folder of the same disk.
@@ -72,6 +63,12 @@ def put_in_place(final: Path, destination: Path, *, overwrite: bool, aside: Path
     """
     sources = files_of(final)
     targets = [destination.with_name(source.name) for source in sources]
+    with _alone(destination):
+        _put(final, destination, targets, overwrite, aside)
+    return tuple(sorted(targets))
+
+
+def _put(final: Path, destination: Path, targets: Sequence[Path], overwrite: bool, aside: Path) -> None:
     _refuse_taken(targets, overwrite)
     weights = _beside(destination)
     stale = weights not in targets and weights.is_file() and _owns(destination, weights.name)
@@ -84,14 +81,78 @@ def put_in_place(final: Path, destination: Path, *, overwrite: bool, aside: Path
                     undo.callback(os.replace, aside / "before", weights)
                 else:
                     undo.callback(weights.unlink, missing_ok=True)
-                os.replace(_beside(final), weights)
-            os.replace(final, destination)
+                _move(_beside(final), weights, overwrite)
+            _move(final, destination, overwrite)
+        except FileExistsError as error:
+            raise _taken(Path(str(error.filename2 or destination))) from error
         except OSError as error:
             raise ExportError(f"the file cannot be put in place: {error.strerror}", path=destination) from error
         undo.pop_all()
     if stale:
         weights.unlink()
-    return tuple(sorted(targets))
+
+
+def _move(source: Path, target: Path, overwrite: bool) -> None:
+    """Move a file; what is there is replaced only where it may be, even if it came this very moment."""
+    if not overwrite:
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            raise
+        except OSError:
+            pass  # a disk without links
+        else:
+            source.unlink()
+            return
+    os.replace(source, target)
+
+
+@contextmanager
+def _alone(destination: Path) -> Iterator[None]:
+    """Be the only one who puts files in a folder; others wait, for what takes milliseconds.
+
+    The lock is on the folder itself, so that it leaves nothing behind and goes with the process that holds it; where a
+    folder cannot be locked, it is a file.
+    """
+    with ExitStack() as held:
+        if not _lock_folder(destination.parent, held):
+            _lock_by_file(destination, held)
+        yield
+
+
+def _lock_folder(folder: Path, held: ExitStack) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:  # some network disks
+        if descriptor is not None:
+            os.close(descriptor)
+        return False
+    held.callback(os.close, descriptor)
+    return True
+
+
+def _lock_by_file(destination: Path, held: ExitStack) -> None:
+    lock = destination.with_name(".torchtrim.lock")
+    began = time.monotonic()
+    while True:
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            break
+        except (FileExistsError, PermissionError) as error:  # the latter on Windows, while it is being deleted
+            if time.monotonic() - began > _PATIENCE:
+                raise ExportError(
+                    "another export holds the folder", path=lock, hint="delete it if none is running"
+                ) from error
+            time.sleep(0.01)
+        except OSError as error:
+            raise ExportError(f"the file cannot be put in place: {error.strerror}", path=destination) from error
+    held.callback(lock.unlink, missing_ok=True)
 
 
 def _refuse_taken(files: Sequence[Path], overwrite: bool) -> None:
@@ -100,7 +161,11 @@ def _refuse_taken(files: Sequence[Path], overwrite: bool) -> None:
         if file.is_dir():
             raise ExportError("a folder is in the way", path=file, hint="another path")
         if os.path.lexists(file) and not overwrite:
-            raise ExportError("the file exists already", path=file, hint="overwrite=True, or another path")
+            raise _taken(file)
+
+
+def _taken(file: Path) -> ExportError:
+    return ExportError("the file exists already", path=file, hint="overwrite=True, or another path")
 
 
 def _beside(path: Path) -> Path:

@@ -39,10 +39,15 @@ def main(pictures: list[str], folder: Path) -> None:
     names = folder / "labels.json"
     labels = json.loads(names.read_text(encoding="utf-8")) if names.is_file() else None
     session = onnxruntime.InferenceSession(str(folder / how["model"]), providers=how["providers"])
+    outputs = session.get_outputs()  # of several, the one that is named, or the first of the form (batch, classes)
+    output = how.get("output") or next((each for each in outputs if len(each.shape) == 2), outputs[0]).name
     for name in pictures:
         with Image.open(name) as picture:
-            scores = session.run(None, {how["input"]: prepare(picture, how)})[0][0].astype(np.float64)
-        shares = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+            scores = session.run([output], {how["input"]: prepare(picture, how)})[0][0].astype(np.float64)
+        if scores.min() >= 0 and abs(scores.sum() - 1) <= 1e-3:
+            shares = scores  # the model ends in a softmax
+        else:
+            shares = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
         print(name)
         for index in np.argsort(-scores, kind="stable")[:5]:
             print(f"  {shares[index]:7.2%}  {index}" + (f"  {labels[index]}" if labels else ""))

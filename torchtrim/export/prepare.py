@@ -67,11 +67,13 @@ def _pool_means(graph: onnx.GraphProto) -> None:
         nodes.append(helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=node.name))
         if not keep:
             nodes.append(helper.make_node("Flatten", [pooled], [node.output[0]], name=f"{node.name}_flat", axis=1))
-            value = graph.value_info.add()
-            value.CopyFrom(next(v for v in (*graph.value_info, *graph.output) if v.name == node.output[0]))
-            value.name = pooled
-            for _ in range(2):
-                value.type.tensor_type.shape.dim.add().dim_value = 1
+            known = next((v for v in (*graph.value_info, *graph.output) if v.name == node.output[0]), None)
+            if known is not None and known.type.tensor_type.HasField("shape"):
+                value = graph.value_info.add()
+                value.CopyFrom(known)
+                value.name = pooled
+                for _ in range(2):
+                    value.type.tensor_type.shape.dim.add().dim_value = 1
     del graph.node[:]
     graph.node.extend(nodes)
 

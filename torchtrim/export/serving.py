@@ -103,6 +103,7 @@ def write_serving_folder(
     preprocessing: Preprocessing | Any,
     labels: Sequence[str] | None = None,
     in_graph: str = "nothing",
+    output: str | None = None,
     report: Report | None = None,
     overwrite: bool = False,
 ) -> ServingFolder:
@@ -117,15 +118,17 @@ def write_serving_folder(
         onnx_path: A file with one input of pictures, `(batch, channels, height, width)`, that takes a batch of one.
         folder: Where it goes; the folder around it must exist.
         preprocessing: What is done to a picture, or anything that `Preprocessing.of` reads.
-        labels: The names of the classes, in order: as many as the first output has columns.
+        labels: The names of the classes, in order: as many as the output has columns.
         in_graph: What the file does by itself: `nothing`; `normalise` (it takes cropped 8-bit pictures); `everything`
             (it takes 8-bit pictures of any size). See `preprocess_in_graph`.
+        output: The output that holds the classes; by default the first of the form `(batch, classes)`. The script takes
+            its softmax where its rows are no probabilities yet.
         report: What export or benchmark found; its tables go into the README.
         overwrite: Replace a folder that is there, if it holds nothing but what such a folder holds.
 
     Raises:
         ExportError: The file cannot be read, or the folder is taken or cannot be written.
-        InputError: Pre-processing or labels that do not fit the file.
+        InputError: Pre-processing, labels or an output that do not fit the file.
 
     Example:
         >>> import tempfile, torch
@@ -144,7 +147,8 @@ def write_serving_folder(
     destination = _free_folder(folder, overwrite)
     model, entry = read_picture_model(onnx_path)
     check_fits(how, entry, onnx_path)
-    names = _checked_labels(labels, model, onnx_path)
+    scores = _scores(model, output, onnx_path)
+    names = _checked_labels(labels, scores, onnx_path)
     dtype, input_name, levels = input_dtype(entry), entry.name, None
     if in_graph != "nothing":
         levels = compared_with_pillow(model, entry, how, in_graph)
@@ -153,6 +157,7 @@ def write_serving_folder(
     settings = {
         "model": source.name,
         "input": input_name,
+        "output": scores.name,
         "layout": "NCHW" if in_graph == "nothing" else "NHWC",
         **how.settings(in_graph=in_graph, dtype=dtype if in_graph == "nothing" else "uint8"),
         "providers": _providers(model),
@@ -224,12 +229,24 @@ def _put_in_place(made: Path, destination: Path, aside: Path) -> None:
         raise
 
 
-def _checked_labels(labels: Sequence[str] | None, model: onnx.ModelProto, path: object) -> list[str] | None:
+def _scores(model: onnx.ModelProto, output: str | None, path: object) -> onnx.ValueInfoProto:
+    """The output that holds the classes."""
+    given = list(model.graph.output)
+    if output is None:
+        return next((value for value in given if len(value.type.tensor_type.shape.dim) == 2), given[0])
+    found = next((value for value in given if value.name == output), None)
+    if found is None:
+        names = [value.name for value in given]
+        raise InputError("the file has no such output", path=path, found=output, expected=", ".join(names))
+    return found
+
+
+def _checked_labels(labels: Sequence[str] | None, scores: onnx.ValueInfoProto, path: object) -> list[str] | None:
     if labels is None:
         return None
     if isinstance(labels, str) or not all(isinstance(label, str) and label for label in labels):
         raise InputError("labels are the names of the classes, in order", found=type(labels).__name__)
-    sizes = [size.dim_value for size in model.graph.output[0].type.tensor_type.shape.dim]
+    sizes = [size.dim_value for size in scores.type.tensor_type.shape.dim]
     if len(sizes) != 2 or (sizes[1] and sizes[1] != len(labels)):
         raise InputError(
             "there is not one label for each column of the output",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,43 +175,42 @@ def drop_needless_pairs(graph: onnx.GraphProto, int8: Collection[str], *, rounde
     """
     makers = {name: node for node in graph.node for name in node.output}
     outputs = {value.name for value in graph.output}
-    pairs: dict[str, tuple[str, str]] = {}  # what a pair gives: what it takes, and the node that made this
+    pairs: list[tuple[onnx.NodeProto, str]] = []  # the second half of each pair, and the node that made what it takes
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in makers:
             quantize = makers[node.input[0]]
             if quantize.op_type == "QuantizeLinear":
                 maker = makers.get(quantize.input[0])
-                pairs[node.output[0]] = (quantize.input[0], maker.name if maker is not None else "")
+                pairs.append((node, maker.name if maker is not None else ""))
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in graph.node:
         for name in node.input:
             readers[name].append(node)
     kinds = {node.name: node.op_type for node in graph.node}
-    for given, (taken, maker) in pairs.items():
-        inside = any(reader.name in int8 for reader in readers[given])
+    for pair, maker in pairs:
+        given, taken = pair.output[0], makers[pair.input[0]].input[0]
+        inside = [reader for reader in readers[given] if reader.name in int8]
         if rounded and maker in int8 and (inside or kinds[maker] not in ("Gemm", "MatMul")):
             continue
-        for reader in readers[given]:
-            if reader.name not in int8:
-                for place, name in enumerate(reader.input):
-                    if name == given:
-                        reader.input[place] = taken
-        if given in outputs and makers.get(taken) is not None:
-            _give_as(makers[taken], taken, given, readers[taken])
-            next(node for node in graph.node if given in node.output and node.op_type == "DequantizeLinear").output[
-                0
-            ] = f"{given}_unused"
+        if given in outputs and taken in makers:
+            # The output has the float value under its own name, as its float readers have; the pair gets another name.
+            _rename([makers[taken]], taken, given, outputs=True)
+            _rename(graph.node, taken, given)
+            makers[given] = makers[taken]
+            pair.output[0] = f"{given}_DequantizeLinear_Output"
+            _rename(inside, given, pair.output[0])
+        else:
+            _rename([reader for reader in readers[given] if reader.name not in int8], given, taken)
     _drop_unread(graph, outputs)
 
 
-def _give_as(maker: onnx.NodeProto, old: str, new: str, readers: list[onnx.NodeProto]) -> None:
-    for place, name in enumerate(maker.output):
-        if name == old:
-            maker.output[place] = new
-    for reader in readers:
-        for place, name in enumerate(reader.input):
+def _rename(nodes: Iterable[onnx.NodeProto], old: str, new: str, *, outputs: bool = False) -> None:
+    """Have nodes read, or give, a value by another name."""
+    for node in nodes:
+        names = node.output if outputs else node.input
+        for place, name in enumerate(names):
             if name == old:
-                reader.input[place] = new
+                names[place] = new
 
 
 def _drop_unread(graph: onnx.GraphProto, outputs: set[str]) -> None:

@@ -24,6 +24,7 @@ _OPS = {"nbits": ("MatMul", "Gemm"), "qdq": ("MatMul", "Gemm", "Conv", "Gather")
 _SMALL = 4096  # bytes; below it a weight is not worth a node of its own
 _INT4 = 7.0
 _LEAST_BLOCK = 16
+MOST_BLOCK = 256  # of MatMulNBits
 
 
 def quantize_weights(
@@ -50,7 +51,8 @@ def quantize_weights(
         source: The file; its weights are float32 or float16.
         destination: Where the copy goes.
         bits: 8 or 4.
-        block: Weights that share a scale, along a column: a power of two from 16 on. Not used by `qdq` in 8 bits.
+        block: Weights that share a scale, along a column: a power of two from 16 on, up to 256 for `nbits`. Not used by
+            `qdq` in 8 bits.
         symmetric: No zero points. `qdq` has none in any case, as TensorRT wants it.
         ops: The operators whose weights are quantized: MatMul, Gemm, and for `qdq` Conv and Gather.
         form: `nbits` or `qdq`.
@@ -95,6 +97,8 @@ def _checked(bits: int, block: int, symmetric: bool, ops: str | Sequence[str], f
         raise InputError("weights have 8 bits or 4", path="bits", found=bits)
     if isinstance(block, bool) or not isinstance(block, int) or block < _LEAST_BLOCK or block & (block - 1):
         raise InputError("a block is a power of two, 16 or more", path="block", found=block)
+    if form == "nbits" and block > MOST_BLOCK:
+        raise InputError(f"MatMulNBits takes blocks of at most {MOST_BLOCK}", path="block", found=block)
     if form == "qdq" and not symmetric:
         raise InputError("weights in standard ONNX have no zero points here", path="symmetric", found=symmetric)
     named = (ops,) if isinstance(ops, str) else tuple(ops)

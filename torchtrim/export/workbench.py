@@ -233,7 +233,8 @@ class Workbench:
         """Int8 or int4 weights, float arithmetic."""
         path = self.place(name)
         form = "nbits" if self.target.name in ("cpu", "cuda") else "qdq"
-        count = quantize_weights(self.prepared, path, bits=self.options.bits, block=self.options.block, form=form)
+        bits, block = self.options.bits, self.options.block
+        count = quantize_weights(self.prepared, path, bits=bits, block=block, form=form, external_data=self.external)
         return self._built(name, "weight_only", path, count)
 
     def half(self, *, name: str = "fp16") -> Built:

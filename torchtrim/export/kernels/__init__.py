@@ -16,6 +16,7 @@ import onnx
 from onnx import defs, helper
 
 from torchtrim.errors import ExportError, nearest
+from torchtrim.export.graph import LARGE, held_bytes
 
 _STANDARD = ("", "ai.onnx")
 
@@ -177,7 +178,7 @@ class _File:
 
 
 def _small(model: onnx.ModelProto) -> bool:
-    return int(model.ByteSize()) < 2_000_000_000
+    return held_bytes(model) < LARGE
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
