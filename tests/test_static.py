@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from torch import nn
 
+import torchtrim as tt
 from torchtrim.bench.int8_format import best_format
 from torchtrim.bench.machine import machine
 from torchtrim.bench.session import OnnxSession
@@ -26,6 +27,7 @@ from torchtrim.export.bias_correction import correct_biases, output_error
 from torchtrim.export.calibration import Statistics, calibrate
 from torchtrim.export.calibration_data import CalibrationData
 from torchtrim.export.graph import names_for, write_float
+from torchtrim.export.int8_nodes import int8_nodes
 from torchtrim.export.prepare import _pool_means, prepare
 from torchtrim.export.static import calibration_tensors, quantize_static
 from torchtrim.graph.inputs import Inputs
@@ -449,3 +451,13 @@ def test_bad_bias_correction(residual: Case, tmp_path: Path, options: dict[str, 
 def test_format_for_a_processor(instructions: tuple[str, ...], system: str, expected: tuple[str, str, bool]) -> None:
     here = replace(machine(), instructions=instructions, system=system)
     assert best_format(here) == expected
+
+
+def test_the_range_behind_an_activation_counts_where_a_float_node_reads_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Softmax(1)).eval()
+    path = tt.export_onnx(model, torch.zeros(1, 3, 4, 4), tmp_path / "a.onnx", benchmark=False).path
+    prepare(path, tmp_path / "p.onnx")
+    graph = onnx.load(tmp_path / "p.onnx").graph
+    relu = next(node for node in graph.node if node.op_type == "Relu")
+    assert relu.name in int8_nodes(graph)

@@ -24,6 +24,9 @@ class Int8Format(NamedTuple):
     reduce_range: bool
 
 
+UNSIGNED = Int8Format("uint8", "uint8", False)  # exact everywhere, and slower
+
+
 def best_format(machine: Machine) -> Int8Format:
     """The format for ONNX Runtime's CPU provider.
 

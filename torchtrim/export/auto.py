@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 
+from torchtrim.bench.int8_format import UNSIGNED
 from torchtrim.bench.latency import benchmark
 from torchtrim.bench.openvino_session import open_session
 from torchtrim.bench.timing import Timing
@@ -219,6 +220,8 @@ def _mended(bench: Workbench, notes: list[str]) -> Iterator[tuple[str, Built]]:
     for method in ("percentile", "mse", "entropy"):
         if method != bench.options.method:
             yield f"ranges by {method}", bench.static(method=method, name=f"static, {method}")
+    if bench.int8.reduce_range:  # full 8 bits do not saturate where both are unsigned; such kernels are slower
+        yield "8 bits, both unsigned", bench.static(int8=UNSIGNED, name="static, unsigned")
     for what, change in (("layer norms smoothed", bench.smoothed), ("convolutions equalised", bench.equalised)):
         try:
             path, count = change()

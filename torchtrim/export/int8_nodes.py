@@ -16,6 +16,7 @@ BETWEEN = (
     "Add", "AveragePool", "Clip", "Concat", "Flatten", "GlobalAveragePool", "HardSigmoid", "LeakyRelu", "MaxPool",
     "Mul", "Relu", "Reshape", "Resize", "Sigmoid", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 )  # fmt: skip
+_PART_OF_A_CONVOLUTION = ("Clip", "Relu")
 _WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
@@ -30,7 +31,7 @@ def int8_nodes(
 
     Those are the convolutions and products with constant weights (of `ops`, or the ones named), and every node of
     `between` that takes int8 values only and gives its own to one of these in the end: no float node is left in the
-    middle of int8 ones.
+    middle of int8 ones. A Relu or Clip that alone reads an int8 convolution goes with it.
 
     Args:
         graph: Of a prepared file.
@@ -95,6 +96,14 @@ def _following(
         if node.name in able and any(
             reader.name in chosen or reader.name in wanted for name in node.output for reader in readers[name]
         ):
+            wanted.add(node.name)
+    # An activation right behind a convolution is part of it, for float readers too: its range is the one to round to,
+    # not the wider one before it.
+    makers = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        maker = makers.get(node.input[0]) if node.op_type in _PART_OF_A_CONVOLUTION else None
+        part = maker is not None and maker.op_type == "Conv" and maker.name in chosen
+        if part and node.name in able and len(readers[node.input[0]]) == 1:
             wanted.add(node.name)
     return wanted
 

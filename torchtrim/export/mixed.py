@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchtrim.bench.int8_format import UNSIGNED, Int8Format
 from torchtrim.bench.latency import benchmark
 from torchtrim.errors import ExportError
 from torchtrim.export.calibration_data import Feed
@@ -128,6 +129,11 @@ def _nearest(
                 best = mixture(rival, found, (), other)
             if judge.against(found) is None:
                 return best
+        if bench.int8.reduce_range:  # full 8 bits do not saturate where both are unsigned; such kernels are slower
+            rival = _build(bench, kinds, choice, method=best.method, int8=UNSIGNED)
+            found = judge.of(rival.path)
+            if judge.against(found) is None:
+                return mixture(rival, found, (), f"{best.method}, 8 bits, both unsigned")
     order = _worst_first(bench, best.built.path, feed)
     chosen = {node for kind in kinds if choice[kind.name] != FLOAT for node in kind.nodes}
     order = [node for node in order if node in chosen]
@@ -145,12 +151,17 @@ def _nearest(
 
 
 def _build(
-    bench: Workbench, kinds: list[Kind], choice: dict[str, str], method: str | None = None, left: tuple[str, ...] = ()
+    bench: Workbench,
+    kinds: list[Kind],
+    choice: dict[str, str],
+    method: str | None = None,
+    left: tuple[str, ...] = (),
+    int8: Int8Format | None = None,
 ) -> Built:
     nodes: dict[str, list[str]] = {STATIC: [], DYNAMIC: [], FLOAT: []}
     for kind in kinds:
         nodes[choice[kind.name]] += [node for node in kind.nodes if node not in left]
-    return bench.mixed(nodes[STATIC], nodes[DYNAMIC], method=method)
+    return bench.mixed(nodes[STATIC], nodes[DYNAMIC], method=method, int8=int8)
 
 
 def _worst_first(bench: Workbench, path: Path, feed: Feed) -> list[str]:

@@ -189,7 +189,7 @@ def export_onnx(
         scheme = precision if scheme == "float32" else scheme
         spooled = None
         if data is not None and (scheme in _CALIBRATED or cast):
-            spooled = CalibrationData.spool(data, copied, plain, folder / "data")
+            spooled = CalibrationData.spool(data, copied, plain, folder / "data", example=given)
             notes += spooled.notes
         bench = Workbench(
             plain,

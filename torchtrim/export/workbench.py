@@ -203,7 +203,13 @@ class Workbench:
         return self._built(name, "static", path, count)
 
     def mixed(
-        self, static: Collection[str], dynamic: Collection[str], *, name: str = "mixed", method: str | None = None
+        self,
+        static: Collection[str],
+        dynamic: Collection[str],
+        *,
+        name: str = "mixed",
+        method: str | None = None,
+        int8: Int8Format | None = None,
     ) -> Built:
         """Some nodes in static int8, others in dynamic int8, the rest in float.
 
@@ -212,12 +218,13 @@ class Workbench:
             dynamic: The names of the dynamic ones.
             name: What to call it.
             method: How ranges are chosen; the user's by default.
+            int8: Other 8-bit types for the static ones than those of this machine.
         """
         if not dynamic:
-            return self._renamed(self.static(static, name=name, method=method), "mixed")
+            return self._renamed(self.static(static, name=name, method=method, int8=int8), "mixed")
         if not static:
             return self._renamed(self.dynamic(dynamic, name=name), "mixed")
-        first = self.static(static, name=name, method=method)
+        first = self.static(static, name=name, method=method, int8=int8)
         path = self.place(name)
         count = quantize_dynamic(
             first.path,
