@@ -477,3 +477,31 @@ def test_explain(run: Run, own_models: Path) -> None:
     broken = run("explain", "broken.onnx")
     assert broken.exit_code == 1
     assert broken.stderr.startswith("torchtrim: broken.onnx: cannot be read as an ONNX file")
+
+
+def test_export_calibrates_on_pictures_and_writes_a_folder_to_serve(run: Run, own_models: Path) -> None:
+    from PIL import Image
+
+    for number in range(5):
+        folder = Path("pictures") / f"class{number}"
+        folder.mkdir(parents=True)
+        for shade in range(4):
+            Image.effect_noise((9, 9), 60 + 20 * shade).convert("RGB").save(folder / f"{shade}.png")
+    model = ("ownmodels:tiny", "--input", "1,3,8,8")
+    told = run("export", model[0], "net.onnx", *model[1:], "--quantize", "static", "--data", "pictures", "--json")
+    report = answer(told)
+    assert report["quantize"] == "static" and report["quantized_nodes"] > 0
+    assert report["verification"]["outputs"][0]["labelled"] == 10  # the other half of the pictures was calibrated on
+    refused = run("export", model[0], "other.onnx", *model[1:], "--serve", "served")
+    assert refused.exit_code == 1 and "torchtrim: " in refused.stderr and not Path("other.onnx").exists()
+    Path("labels.txt").write_text("\n".join(f"name {number}" for number in range(1000)))
+    served = answer(
+        run("export", "timm:test_resnet", "r.onnx", "--serve", "served", "--labels", "labels.txt", "--json")
+    )
+    assert served["serving"]["labels"] == 1000
+    assert {"predict.py", "preprocessing.json", "labels.json", "README.md", "r.onnx"} <= {
+        file.name for file in Path("served").iterdir()
+    }
+    assert str(Path.cwd()) not in (Path("served") / "README.md").read_text()
+    wrong = run("export", model[0], "x.onnx", *model[1:], "--labels", "labels.txt")
+    assert wrong.exit_code == 2
