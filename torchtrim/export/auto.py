@@ -23,6 +23,8 @@ from torchtrim.export.selection import Selection, Tried
 from torchtrim.export.workbench import Built, Workbench
 
 _CLEARLY = 1.02  # a candidate whose whole interval is above this has lost before it is compared
+_LONGER = (2, 6, 18)  # times the seconds of the first look, while it is not clear which is faster
+_LOOKS_FASTER = 0.95
 _HOPELESS = 0.9  # of the cosine: no other choice of ranges mends this
 
 
@@ -253,9 +255,16 @@ def _keep(
         for other in (plain, *left):
             other.why = "kept; not timed" if other is kept else f"{kept.name} suits the target; not timed"
         return kept
-    if left:
-        _time([plain, *left], feed, provider, threads, 2 * seconds)
+    for longer in _LONGER if left else ():
+        _time([plain, *left], feed, provider, threads, longer * seconds)
+        if not any(_unclear(one) for one in left):
+            break
     return settle(plain, left)
+
+
+def _unclear(one: _Candidate) -> bool:
+    """Whether a candidate looks faster, and might not be: other work on the machine makes intervals wide."""
+    return one.timing is not None and one.timing.ratio < _LOOKS_FASTER and one.timing.ratio_high >= 1
 
 
 def settle(plain: _Candidate, left: list[_Candidate]) -> _Candidate:

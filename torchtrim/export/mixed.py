@@ -84,7 +84,7 @@ def mix(bench: Workbench, judge: Judge, feed: Feed, *, threads: int | None = Non
     if not kinds:
         raise ExportError("there is nothing to quantize", found="no convolution or product with constant weights")
     choice, built = _fastest(bench, kinds, feed, threads, seconds)
-    return _nearest(bench, judge, kinds, choice, built, feed)
+    return _nearest(bench, judge, kinds, choice, built, feed, threads, seconds)
 
 
 def _fastest(
@@ -101,16 +101,20 @@ def _fastest(
             if choice[kind.name] in (FLOAT, other) or set(changed.values()) == {FLOAT}:
                 continue
             rival = _build(bench, kinds, changed)
-            timed = benchmark(
-                {"now": built.path, "changed": rival.path}, inputs_of(feed), threads=threads, seconds=seconds
-            )
-            if timed["changed"].ratio_high < 1:
+            if _faster(built.path, rival.path, feed, threads, seconds):
                 choice, built = changed, rival
     return choice, built
 
 
 def _nearest(
-    bench: Workbench, judge: Judge, kinds: list[Kind], choice: dict[str, str], built: Built, feed: Feed
+    bench: Workbench,
+    judge: Judge,
+    kinds: list[Kind],
+    choice: dict[str, str],
+    built: Built,
+    feed: Feed,
+    threads: int | None = None,
+    seconds: float = 0.3,
 ) -> Mixture:
     """The same choice with other ranges, then with the worst nodes in float, until the outputs are near enough."""
 
@@ -132,7 +136,7 @@ def _nearest(
         if bench.int8.reduce_range:  # full 8 bits do not saturate where both are unsigned; such kernels are slower
             rival = _build(bench, kinds, choice, method=best.method, int8=UNSIGNED)
             found = judge.of(rival.path)
-            if judge.against(found) is None:
+            if judge.against(found) is None and _faster(bench.prepared, rival.path, feed, threads, seconds):
                 return mixture(rival, found, (), f"{best.method}, 8 bits, both unsigned")
     order = _worst_first(bench, best.built.path, feed)
     chosen = {node for kind in kinds if choice[kind.name] != FLOAT for node in kind.nodes}
@@ -148,6 +152,12 @@ def _nearest(
             return mixture(rival, found, left, best.method)
         count *= 2
     return best
+
+
+def _faster(now: Path, rival: Path, feed: Feed, threads: int | None, seconds: float) -> bool:
+    """Whether the rival is faster beyond the noise."""
+    timed = benchmark({"now": now, "rival": rival}, inputs_of(feed), threads=threads, seconds=seconds)
+    return timed["rival"].ratio_high < 1
 
 
 def _build(
