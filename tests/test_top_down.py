@@ -205,7 +205,7 @@ def test_a_transformer_healed_on_data_and_drawn(tmp_path: Path) -> None:
     assert len(found.removed) == 2 and found.model(x).shape == (12, 10)
     assert found.plot(tmp_path / "curve.png").stat().st_size > 1000
     assert found.to_dict()["removed"] == list(found.removed)
-    assert [entry.kind for entry in tt.history(found.model)] == ["remove", "remove"]
+    assert [entry.edit.kind for entry in tt.history(found.model).entries] == ["remove", "remove"]
 
 
 def test_the_code_in_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

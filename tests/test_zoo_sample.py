@@ -22,7 +22,6 @@ SAMPLE = {
     "timm:test_convnext": "layer norm on channels, a head of several modules",
     "timm:test_byobnet": "branches by configuration",
     "timm:ghostnet_050": "functional dropout in the model's own forward",
-    "timm:crossvit_tiny_240": "two branches, two heads",
     "timm:levit_128s": "a cache in attributes, two distilled heads",
 }
 

@@ -34,7 +34,7 @@ class OnnxSession:
     Args:
         path: The file.
         providers: ONNX Runtime's execution providers, best first; the CPU's by default.
-        threads: Threads for one operator; ONNX Runtime's default where it is None.
+        threads: Threads for one operator; as many as PyTorch has where it is None.
         optimise: Whether ONNX Runtime may fuse nodes. Without that it computes what the file says, node by node, as
             slow as that is: what it would fuse for this processor may saturate where another device does not.
 
@@ -69,9 +69,8 @@ class OnnxSession:
         options.log_severity_level = 3
         if not optimise:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if threads is not None:
-            options.intra_op_num_threads = threads
-            options.inter_op_num_threads = 1
+        options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+        options.inter_op_num_threads = 1
         try:
             self._session = onnxruntime.InferenceSession(str(self.path), options, providers=wanted)
         except Exception as error:  # ONNX Runtime's errors share no base class
