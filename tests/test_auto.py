@@ -123,6 +123,7 @@ def test_mixed_leaves_in_float_what_costs_the_outputs(transformer: nn.Module, tm
     assert any("stay float for accuracy" in note for note in strict.notes)
 
 
+@pytest.mark.slow
 def test_classes_are_what_accuracy_is_told_by(convnet: nn.Module, tmp_path: Path) -> None:
     with torch.no_grad():
         labelled = [(batch, convnet(batch).argmax(1)) for batch in pictures()]
@@ -348,6 +349,7 @@ def test_labels_belong_to_the_output_that_knows_them(tmp_path: Path) -> None:
     assert report.verification.reference_accuracy == 1.0
 
 
+@pytest.mark.slow
 def test_labels_of_other_rows_are_noticed(convnet: nn.Module, tmp_path: Path) -> None:
     with torch.no_grad():
         wrong = [(batch, (convnet(batch).argmax(1) + 1) % 10) for batch in pictures()]

@@ -125,6 +125,7 @@ def test_the_table_says_where_there_is_no_difference() -> None:
     assert [line.split()[-1] for line in lines[3:6]] == ["1.00", "difference", "faster"]
 
 
+@pytest.mark.slow
 def test_memory_and_load_time_of_each_in_a_process_of_its_own(tmp_path: Path) -> None:
     class Own(nn.Linear):
         pass
@@ -172,6 +173,7 @@ def test_a_call_whose_inputs_are_bound_gives_the_same(tmp_path: Path) -> None:
         assert np.array_equal(bound()[0].numpy(), session.run(feed)[0])
 
 
+@pytest.mark.slow
 def test_several_compiled_sizes_stay_compiled() -> None:
     """Each batch size has code of its own, however many there are: past a limit PyTorch would run eagerly, unsaid."""
     from torch._dynamo import config

@@ -201,6 +201,7 @@ def latency(model: nn.Module, x: torch.Tensor) -> float:
 
 
 @pytest.mark.usefixtures("_short")
+@pytest.mark.slow
 def test_a_latency_is_measured_on_the_file_and_kept() -> None:
     torch.manual_seed(0)
     model, x = Wide().eval(), torch.randn(1, 3, 16, 16)
@@ -228,6 +229,7 @@ def test_a_latency_out_of_reach_gives_the_fastest_and_says_so() -> None:
 
 
 @pytest.mark.usefixtures("_short")
+@pytest.mark.slow
 def test_a_latency_that_is_kept_already_takes_nothing_out() -> None:
     model, x = Wide().eval(), torch.randn(1, 3, 8, 8)
     net = tt.prune_channels(model, x, budget=tt.Budget(latency_ms=1e4))
@@ -237,6 +239,7 @@ def test_a_latency_that_is_kept_already_takes_nothing_out() -> None:
 
 
 @pytest.mark.usefixtures("_short")
+@pytest.mark.slow
 def test_a_recipe_measures_too() -> None:
     found = recipe({"budget": {"latency_ms": 1e4, "macs": 0.5}}, head={"num_classes": 3}).run("out")
     edit, head = found.history.edits
@@ -251,6 +254,7 @@ def test_a_record_alone_cannot_measure() -> None:
 
 
 @pytest.mark.usefixtures("_short")
+@pytest.mark.slow
 def test_the_code_in_the_guide_runs() -> None:
     text = (ROOT / "docs" / "pruning.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

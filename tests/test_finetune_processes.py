@@ -167,6 +167,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(both: Any, tmp_path: Path) -
         assert (tmp_path / "run" / name).read_bytes() == (folder / "alone" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_killed_and_both_go_on_to_the_weights_of_one(both: Any, tmp_path: Path) -> None:
     alone, _, _ = both
     assert in_two(ONE_KILLED, tmp_path).returncode != 0

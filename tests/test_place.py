@@ -193,6 +193,7 @@ for number, work in enumerate([
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
+@pytest.mark.slow
 def test_no_room_for_a_file_leaves_nothing(tmp_path: Path) -> None:
     folder, temporary = tmp_path / "files", tmp_path / "tmp"
     folder.mkdir()

@@ -136,6 +136,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
     assert found.points == tt.sensitivity(net, [X], evaluate, X, ratios=(0.25, 0.5)).points
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
     script = tmp_path / "measure.py"
     script.write_text(

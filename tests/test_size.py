@@ -229,6 +229,7 @@ def test_without_zstandard_the_column_is_empty(monkeypatch: pytest.MonkeyPatch) 
     assert 'pip install "torchtrim[zstd]"' in str(report)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """Of five forms of 96 MB, one after the other: less than one of them stays in memory."""
     code = """

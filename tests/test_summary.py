@@ -245,6 +245,7 @@ def test_recorded_inputs_are_used_and_survive_json() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_a_billion_parameters_take_under_a_gigabyte() -> None:
     code = """
 import re, resource, sys, torch
