@@ -67,7 +67,8 @@ def test_an_offset_costs_no_precision() -> None:
 
 
 def test_paths_calls_and_tokens() -> None:
-    timm = pytest.importorskip("timm")
+    import timm
+
     model = timm.create_model("test_vit").eval()
     found = tt.activation_stats(model, [torch.randn(2, 3, 160, 160)], "blocks.*.mlp.act")
     assert [layer.path for layer in found.layers] == [f"blocks.{n}.mlp.act" for n in range(6)]
@@ -146,8 +147,9 @@ def test_feature_maps_are_what_comes_out(tmp_path: Path) -> None:
 
 
 def test_tokens_are_laid_out_as_a_square_and_go_into_tensorboard(tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm")
-    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    import timm
+    from torch.utils import tensorboard
+
     model = timm.create_model("test_vit").eval()
     with tensorboard.SummaryWriter(tmp_path) as writer:
         maps = tt.feature_maps(model, torch.randn(1, 3, 160, 160), "blocks.[05]", writer=writer, step=3)
@@ -183,7 +185,8 @@ def test_gradient_flow_records_what_the_loop_sees(tmp_path: Path) -> None:
 
 
 def test_gradient_flow_tells_low_gradients_and_writes_curves(tmp_path: Path) -> None:
-    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    from torch.utils import tensorboard
+
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     with tensorboard.SummaryWriter(tmp_path) as writer:
         flow = tt.GradientFlow(model, writer=writer)

@@ -130,7 +130,8 @@ def test_what_scales_its_input_is_no_block() -> None:
 
 @pytest.mark.parametrize(("name", "count"), [("resnet18", 5), ("swin_t", 12), ("shufflenet_v2_x0_5", 13)])
 def test_what_is_found_can_be_removed(name: str, count: int) -> None:
-    models = pytest.importorskip("torchvision").models
+    from torchvision import models
+
     net = models.get_model(name).eval()
     x = torch.zeros(1, 3, 64, 64)
     found = [block.path for block in blocks_of(net, Inputs.of(x))]
@@ -290,7 +291,8 @@ def test_the_model_is_left_as_it_was(metric: str) -> None:
 
 @pytest.mark.parametrize("metric", UNLABELLED)
 def test_a_language_model_with_several_inputs_and_no_labels(metric: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.BertConfig(
         hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, vocab_size=40
     )
@@ -308,7 +310,8 @@ def test_a_language_model_with_several_inputs_and_no_labels(metric: str) -> None
 
 
 def test_a_causal_model_with_its_own_loss() -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.LlamaConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=40
     )
@@ -321,14 +324,14 @@ def test_a_causal_model_with_its_own_loss() -> None:
 
 
 def test_a_vision_transformer() -> None:
-    timm = pytest.importorskip("timm")
+    import timm
+
     net = timm.create_model("test_vit").eval()
     ranking = tt.rank_blocks(net, torch.randn(4, 3, 160, 160), "sampled")
     assert [each.path for each in ranking.blocks] == [f"blocks.{n}" for n in range(6)]
 
 
 def test_attribution_by_captum() -> None:
-    pytest.importorskip("captum")
     ranking = tt.rank_blocks(small(), pictures(8, 4), "attribution")
     assert [each.path for each in ranking.blocks] == ["2", "3", "5"]
     assert min(each.score for each in ranking.blocks) > 0 and ranking.backwards == 3 * 16
@@ -439,7 +442,6 @@ def test_an_iterator_is_gone_through_once_and_no_row_is_lost() -> None:
 
 
 def test_from_the_shell(tmp_path: Path) -> None:
-    pytest.importorskip("timm")
     np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(8, 3, 64, 64)).astype("float32"))
     plot = tmp_path / "blocks.png"
     command = ["rank", "timm:test_resnet", "--input", "1,3,64,64", "--data", str(tmp_path / "data.npz")]

@@ -14,7 +14,7 @@ from torch import nn
 
 import torchtrim as tt
 from torchtrim.errors import EditError, InputError
-from torchtrim.search.top_down import TopDownStopped
+from torchtrim.search.removal_curve import TopDownStopped
 
 
 class Unit(nn.Module):

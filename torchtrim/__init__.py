@@ -75,8 +75,9 @@ if TYPE_CHECKING:
     from torchtrim.report.feature_maps import feature_maps
     from torchtrim.report.size import size_report
     from torchtrim.search.prune import prune_channels
+    from torchtrim.search.removal_curve import TopDown
     from torchtrim.search.sensitivity import Sensitivity, sensitivity
-    from torchtrim.search.top_down import TopDown, top_down
+    from torchtrim.search.top_down import top_down
     from torchtrim.train.distilled import Distilled
     from torchtrim.train.distiller import Distiller
     from torchtrim.train.find_lr import RateTest, find_lr
@@ -167,7 +168,8 @@ _HOME = {
     "report.size": ("size_report",),
     "search.prune": ("prune_channels",),
     "search.sensitivity": ("Sensitivity", "sensitivity"),
-    "search.top_down": ("TopDown", "top_down"),
+    "search.removal_curve": ("TopDown",),
+    "search.top_down": ("top_down",),
     "train.find_lr": ("RateTest", "find_lr"),
     "train.finetune": ("finetune",),
     "train.freeze": ("freeze", "unfreeze"),

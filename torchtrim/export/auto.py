@@ -204,7 +204,8 @@ def _judge(candidate: _Candidate, bench: Workbench, judge: Judge) -> None:
     candidate.agreement = judge.of(candidate.built.path)
     reason = judge.against(candidate.agreement)
     if reason is not None and candidate.scheme == "static" and candidate.agreement.cosine >= _HOPELESS:
-        for how, built in _mended(bench, candidate.notes):
+        failed: list[str] = []
+        for how, built in _mended(bench, failed):
             found = judge.of(built.path)
             if found.wrong is None and found.cosine > candidate.agreement.cosine:
                 candidate.built, candidate.agreement = built, found
@@ -213,6 +214,7 @@ def _judge(candidate: _Candidate, bench: Workbench, judge: Judge) -> None:
                 candidate.built, candidate.agreement, reason = built, found, None
                 candidate.notes = [f"static: {how}"]
                 break
+        candidate.notes += failed
     if reason is not None:
         candidate.why = reason
 

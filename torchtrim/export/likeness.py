@@ -69,8 +69,8 @@ def unlike(seen: Mapping[str, Spread], example: Mapping[str, NDArray[Any]]) -> d
         >>> seen = Spread()
         >>> seen.add(np.array([0.0, 255.0]))
         >>> print(unlike({"x": seen}, {"x": np.array([-1.0, 1.0], np.float32)})["x"])
-        x is unlike the example: 0 to 255, mean 128, deviation 128 in the data, -1 to 1, mean 0, deviation 1 there: is it normalised as the model expects?
-    """  # noqa: E501
+        x is unlike the example: 0 to 255, mean 128, deviation 128 in the data, -1 to 1, mean 0, deviation 1 there: ...
+    """
     found = {}
     for name, spread in seen.items():
         ours = Spread()

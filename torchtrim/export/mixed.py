@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from torchtrim.bench.int8_format import UNSIGNED, Int8Format
 from torchtrim.bench.latency import benchmark
 from torchtrim.errors import ExportError
@@ -131,8 +133,8 @@ def _nearest(
             found = judge.of(rival.path)
             if found.wrong is None and found.cosine > best.agreement.cosine:
                 best = mixture(rival, found, (), other)
-            if judge.against(found) is None:
-                return best
+            if judge.against(found) is None:  # by its accuracy, perhaps, with a lower cosine than the best one's
+                return mixture(rival, found, (), other)
         if bench.int8.reduce_range:  # full 8 bits do not saturate where both are unsigned; such kernels are slower
             rival = _build(bench, kinds, choice, method=best.method, int8=UNSIGNED)
             found = judge.of(rival.path)
@@ -186,6 +188,4 @@ def _worst_first(bench: Workbench, path: Path, feed: Feed) -> list[str]:
 
 def inputs_of(feed: Feed) -> Inputs:
     """A feed as the arguments of a benchmark."""
-    import torch
-
     return Inputs((), {name: torch.from_numpy(array) for name, array in feed.items()})

@@ -115,8 +115,9 @@ def export_onnx(
         calibration: How the ranges of activations are chosen: `minmax`, `entropy`, `percentile`, `mse`.
         bits: Of `"weight_only"`: 8 or 4.
         block: How many weights share a scale there.
-        max_drop: How much accuracy `"mixed"` and `"auto"` may lose, 0.01 for one point; the cosine of the outputs to
-            the float file's is at least 0.99 in any case, or what a `Tolerance` says.
+        max_drop: How much accuracy `"mixed"` and `"auto"` may lose, 0.01 for one point (without classes: as the float
+            file's own probabilities let expect). They ask for a cosine to the float file of 0.99, too, or for what a
+            `Tolerance` says. Where no mixture is near enough `"mixed"` writes the nearest, and a note says so.
         half_io: For `fp16`: take and give float16 as well.
         tolerance: How far the file may be from the model; see `verify_onnx`.
         overwrite: Replace a file that is there.
