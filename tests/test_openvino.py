@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -146,3 +147,24 @@ def test_half_precision_keeps_the_files_names(scheme: str, tmp_path: Path) -> No
         half = next(entry for entry in report.selection.tried if entry.scheme == "fp16")
         assert half.agreement is not None  # it was made and run
         assert half.agreement.wrong is None
+
+
+SIGNALLED = """
+import faulthandler, signal, subprocess, sys
+import numpy as np
+from torchtrim.bench.openvino_session import OpenVinoSession
+
+faulthandler.enable()  # as pytest does: handlers get a stack of their own
+one, two = (OpenVinoSession(sys.argv[1], threads=1) for _ in range(2))
+one.run({one.input_names[0]: np.zeros((1, 4), "float32")})
+del one
+del two
+signal.signal(signal.SIGCHLD, lambda *given: None)
+subprocess.run([sys.executable, "-c", "import time; time.sleep(0.1)"])
+"""
+
+
+def test_signals_reach_the_program_after_a_file_was_closed(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    export_onnx(nn.Linear(4, 2), torch.zeros(1, 4), path, benchmark=False)
+    assert subprocess.run([sys.executable, "-c", SIGNALLED, str(path)], check=False).returncode == 0

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchtrim.bench.session import OnnxSession
+from torchtrim.bench.signal_stack import kept_signal_stack
 from torchtrim.errors import ExportError, InputError, MissingDependency
 
 OPENVINO = "OpenVINO"
@@ -94,17 +95,23 @@ class OpenVinoSession(OnnxSession):
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
-        core = openvino.Core()
-        try:
-            model = core.read_model(str(self.path))
-            self._notes = _notes(model)
-            self._compiled = core.compile_model(model, device, settings)
-        except RuntimeError as error:
-            raise ExportError(f"OpenVINO cannot open the file: {error}", path=self.path) from error
-        self._request = self._compiled.create_infer_request()
+        with kept_signal_stack():
+            core = openvino.Core()
+            try:
+                model = core.read_model(str(self.path))
+                self._notes = _notes(model)
+                self._compiled = core.compile_model(model, device, settings)
+            except RuntimeError as error:
+                raise ExportError(f"OpenVINO cannot open the file: {error}", path=self.path) from error
+            self._request = self._compiled.create_infer_request()
         inputs, outputs = _names(self.path)
         self._inputs = [_entry(port, inputs) for port in self._compiled.inputs]
         self._outputs = [_entry(port, outputs) for port in self._compiled.outputs]
+
+    def __del__(self) -> None:
+        with kept_signal_stack():
+            self.__dict__.pop("_request", None)
+            self.__dict__.pop("_compiled", None)
 
     @property
     def provider(self) -> str:
