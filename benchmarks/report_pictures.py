@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from html import escape
 from pathlib import Path
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -29,16 +30,12 @@ _FLAGS = (
     "--hide-scrollbars",
 )
 DARK, LIGHT = "--blink-settings=preferredColorScheme=0", "--blink-settings=preferredColorScheme=1"
-_POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 # Headless Chromium lays a page out at 500 pixels and more, whatever its window: a frame is as narrow as it is told.
-_FRAME = """<!doctype html><meta charset="utf-8"><style>html,body{{margin:0;background:#888}}iframe{{border:0;
-display:block;width:{width}px;height:{height}px}}</style><iframe src="{page}" sandbox="{allowed}"></iframe>"""
-_MEASURE = """<script>addEventListener("load", () => {
-const root = document.documentElement;
-document.title = [root.clientWidth, root.scrollWidth, root.scrollHeight].join(" ");
-parent.postMessage(document.title, "*");
-});</script>"""
-_LISTEN = """<script>addEventListener("message", (event) => { document.title = "size " + event.data; });</script>"""
+# Without leave for scripts nothing of the page's own runs, as in a browser where JavaScript is off.
+_FRAME = """<!doctype html><meta charset="utf-8"><title>?</title><style>html,body{{margin:0}}iframe{{border:0;
+display:block;width:{width}px;height:{height}px}}</style><iframe srcdoc="{page}" sandbox="allow-same-origin {more}">
+</iframe><script>onload = () => {{ const root = document.querySelector("iframe").contentDocument.documentElement;
+document.title = ["size", root.clientWidth, root.scrollWidth, root.scrollHeight].join(" "); }};</script>"""
 
 
 def browser() -> str | None:
@@ -67,15 +64,8 @@ def size(page: Path, width: int, *, script: bool = True) -> tuple[int, int, int]
         width: The width of the window.
         script: Whether the page's own script runs.
     """
-    text = _POLICY.sub("", page.read_text(encoding="utf-8"))
-    if not script:
-        text = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
     with tempfile.TemporaryDirectory(prefix="report-pictures-") as folder:
-        copy, frame = Path(folder) / "page.html", Path(folder) / "frame.html"
-        copy.write_text(text.replace("</body>", f"{_MEASURE}</body>"), encoding="utf-8")
-        framed = _FRAME.format(width=width, height=800, page="page.html", allowed="allow-scripts")
-        frame.write_text(framed + _LISTEN, encoding="utf-8")
-        dom = run("--virtual-time-budget=3000", "--dump-dom", frame.as_uri())
+        dom = run("--dump-dom", framed(page, Path(folder), width, 800, script))
     found = re.search(r"<title>size (\d+) (\d+) (\d+)</title>", dom)
     if found is None:
         sys.exit(f"{page}: Chromium did not tell its size")
@@ -87,10 +77,17 @@ def picture(page: Path, out: Path, width: int, *, scheme: str = LIGHT, script: b
     """The whole page at one width, as a PNG."""
     tall = min(size(page, width, script=script)[2], 16_000)
     with tempfile.TemporaryDirectory(prefix="report-pictures-") as folder:
-        frame = Path(folder) / "frame.html"
-        allowed = "allow-scripts" if script else ""
-        frame.write_text(_FRAME.format(width=width, height=tall, page=page.absolute().as_uri(), allowed=allowed), "utf-8")
-        run(scheme, f"--window-size={width},{tall}", f"--screenshot={out.absolute()}", frame.as_uri())
+        frame = framed(page, Path(folder), width, tall, script)
+        run(scheme, f"--window-size={width},{tall}", f"--screenshot={out.absolute()}", frame)
+
+
+def framed(page: Path, folder: Path, width: int, height: int, script: bool) -> str:
+    """Where a page is that shows another one in a frame of a size."""
+    text = escape(page.read_text(encoding="utf-8"))
+    frame = folder / "frame.html"
+    more = "allow-scripts" if script else ""
+    frame.write_text(_FRAME.format(width=width, height=height, page=text, more=more), encoding="utf-8")
+    return frame.as_uri()
 
 
 def printed(page: Path, out: Path) -> list[Path]:

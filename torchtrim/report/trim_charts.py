@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _TOP, _BOTTOM, _SIDE = 0.06, 0.06, 0.04  # what is left free around the marks, as a share
 _HIGHLIGHTED = 4  # curves that have a colour of their own
+_WIDE, _TALL = 280.0, 240.0  # pixels that a phone has for a chart: what fits there fits everywhere
+_LETTER, _LINE = 7.0, 14.0  # pixels of a letter of a label, and of its height
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Dot:
         text: All of it, in words.
         number: The candidate's number; None for what is none.
         label: What stands beside it.
-        left: Whether that stands on its left.
+        anchor: Which end of the label is at the mark: `start`, `middle` or `end`.
+        dx: How far from the mark that is, in pixels to the right.
+        dy: How far, in pixels down.
     """
 
     x: float
@@ -49,17 +53,26 @@ class Dot:
     text: str
     number: int | None = None
     label: str = ""
-    left: bool = False
+    anchor: str = "start"
+    dx: int = 0
+    dy: int = 0
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A line across the chart, at `x` or at `y`, with its name."""
+    """A line across the chart, at `x` or at `y`, with its name.
+
+    Attributes:
+        text: The name.
+        kind: `limit` or `reference`.
+        x: Where an upright one is; its name is above the chart.
+        y: Where a level one is; its name is above it, at the left end.
+    """
 
     text: str
+    kind: str
     x: float | None = None
     y: float | None = None
-    left: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,9 +191,9 @@ def front_chart(report: TrimReport) -> Chart | None:
     rules = []
     if cost in limits:
         place = across.place(limits[cost])
-        rules.append(Rule(f"at most {amount(cost, limits[cost])}", x=place, left=place > 60))
+        rules.append(Rule(f"at most {amount(cost, limits[cost])}", "limit", x=place))
     if least is not None:
-        rules.append(Rule(f"at least {score(least)}", y=round(100 - up.place(least), 2)))
+        rules.append(Rule(f"at least {score(least)}", "limit", y=round(100 - up.place(least), 2)))
     kept = next((f"The kept one is {text}." for dot in dots if dot.kind == "kept" for text in [dot.text]), "")
     return Chart(
         "front",
@@ -192,11 +205,11 @@ def front_chart(report: TrimReport) -> Chart | None:
         tuple(Tick(100 - up.place(value), _tick("score", value)) for value in up.ticks(5)),
         tuple(rules),
         (Curve(_points(points), "the front"),) if len(points) > 1 else (),
-        _labelled(dots),
+        _labelled(dots, rules),
     )
 
 
-def curve_charts(found: Sensitivity) -> list[Chart]:
+def curve_charts(found: Sensitivity, name: str) -> list[Chart]:
     """One for each kind of change that has more than one fraction; the layers that lose most have a colour."""
     charts = []
     for kind in KINDS:
@@ -205,25 +218,28 @@ def curve_charts(found: Sensitivity) -> list[Chart]:
         if kind in ("remove", "int8") or not curves:
             continue
         up = Scale.around([y for curve in curves.values() for _, y in curve], _BOTTOM, _TOP)
+        across = Scale(0.0, max(x for curve in curves.values() for x, _ in curve) or 1.0)
+        ratios = sorted({x for curve in curves.values() for x, _ in curve})
+        marked = ratios if len(ratios) <= 6 else across.ticks(5)
         worst = sorted(curves, key=lambda path: min((y for _, y in curves[path]), default=math.inf))[:_HIGHLIGHTED]
         lines = []
         for path, curve in curves.items():
-            points = [(round(x * 100, 2), round(100 - up.place(y), 2)) for x, y in curve]
+            points = [(across.place(x), round(100 - up.place(y), 2)) for x, y in curve]
             last = curve[-1] if curve else (0.0, found.baseline)
-            text = f"{path}: {signed(last[1] - found.baseline)} at {last[0]:.0%}"
+            text = f"{path}: {signed(last[1] - found.baseline)} at {last[0] * 100:g} %"
             place = worst.index(path) + 1 if path in worst else 0
             lines.append(Curve(_points(points), text, place, tuple(points[1:]) if place else ()))
         lines.sort(key=lambda line: (line.kind > 0, -line.kind))  # what is highlighted is drawn last
         charts.append(
             Chart(
                 f"curve-{kind}",
-                f"score against the fraction that went: {kind}",
+                f"{name} against the fraction that went: {kind}",
                 f"{len(curves)} layers. Most is lost by {', '.join(worst[:3])}. The table below has the values.",
                 "fraction that went",
-                "score",
-                tuple(Tick(place, f"{place} %") for place in (0, 25, 50, 75, 100)),
+                name,
+                tuple(Tick(across.place(value), f"{value * 100:g} %") for value in marked),
                 tuple(Tick(100 - up.place(value), _tick("score", value)) for value in up.ticks(5)),
-                (Rule("untouched", y=round(100 - up.place(found.baseline), 2), left=True),),
+                (Rule("untouched", "reference", y=round(100 - up.place(found.baseline), 2)),),
                 tuple(lines),
             )
         )
@@ -254,26 +270,43 @@ def _cost(candidate: CandidateRow, name: str) -> float | None:
 
 
 def _dot(x: float, y: float, kind: str, text: str, number: int | None = None) -> Dot:
-    return Dot(x, round(y, 2), kind, text, number, left=x > 60)
+    return Dot(x, round(y, 2), kind, text, number)
 
 
-def _labelled(dots: Sequence[Dot]) -> tuple[Dot, ...]:
-    """The dots with labels where there is room, on a phone too: the kept one and the untouched one first."""
-    order = sorted(range(len(dots)), key=lambda place: ("kept", "original", "front", "measured").index(dots[place].kind))
-    taken: list[tuple[float, float, float]] = []
+def _labelled(dots: Sequence[Dot], rules: Sequence[Rule]) -> tuple[Dot, ...]:
+    """The dots with labels where there is room, on a phone too: the kept one and the untouched one first.
+
+    A label stands above its dot on the left: what would be there, better and cheaper, would be on the front instead.
+    """
+    order = ("kept", "original", "front")
+    named = sorted((place for place, dot in enumerate(dots) if dot.kind in order), key=lambda n: order.index(dots[n].kind))
+    taken = [
+        (0.0, rule.y / 100 * _TALL - 1.3 * _LINE, _LETTER * len(rule.text), _LINE * 1.3)
+        for rule in rules
+        if rule.y is not None
+    ]
+    taken += [(dot.x / 100 * _WIDE - 6, dot.y / 100 * _TALL - 6, 12.0, 12.0) for dot in dots if dot.kind != "measured"]
     done = list(dots)
-    for place in order:
+    for place in named:
         dot = dots[place]
-        if dot.kind == "measured":
-            continue
         label = {"kept": f"kept ({dot.number})", "original": "untouched"}.get(dot.kind, str(dot.number))
-        wide = 2.6 * len(label) + 4  # percent of the 280 pixels that a phone has for it
-        begin = dot.x - wide if dot.left else dot.x
-        if any(abs(dot.y - y) < 6 and begin < end and start < begin + wide for start, end, y in taken):
-            continue
-        taken.append((begin, begin + wide, dot.y))
-        done[place] = replace(dot, label=label)
+        wide = _LETTER * len(label)
+        x, y = dot.x / 100 * _WIDE, dot.y / 100 * _TALL
+        for anchor, dx, dy in (("end", -8, -7), ("middle", 0, -16), ("start", 11, 12), ("end", -11, 14), ("middle", 0, 18)):
+            begin = x + dx - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
+            box = (begin, y + dy - _LINE / 2, wide, _LINE)
+            if begin > -12 and begin + wide < _WIDE + 6 and not any(_over(box, other) for other in taken):
+                taken.append(box)
+                done[place] = replace(dot, label=label, anchor=anchor, dx=dx, dy=dy)
+                break
     return tuple(done)
+
+
+def _over(one: tuple[float, float, float, float], two: tuple[float, float, float, float]) -> bool:
+    """Whether two boxes, each left, top, width and height, overlap."""
+    return (
+        one[0] < two[0] + two[2] and two[0] < one[0] + one[2] and one[1] < two[1] + two[3] and two[1] < one[1] + one[3]
+    )
 
 
 def _points(points: Sequence[tuple[float, float]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def page(report: TrimReport) -> str:
         front_rows=sorted((each for each in report.candidates if each.on_front or each.kept), key=_by(report.front)),
         stage_dots=_stage_dots(report),
         ranking=None if report.ranking is None else _ranked(report.ranking),
-        curves=[] if report.sensitivity is None else curve_charts(report.sensitivity),
+        curves=[] if report.sensitivity is None else curve_charts(report.sensitivity, report.score),
         drops=[] if report.sensitivity is None else _drops(report.sensitivity),
         sensitivity=None if report.sensitivity is None else report.sensitivity.table(),
         exported=() if report.export is None else report.export.tables(),
@@ -97,7 +98,7 @@ def page(report: TrimReport) -> str:
 
 
 _STATES = ("kept", "thinned", "removed", "added")
-_SAID = ("against_noise", "amount", "asked", "duration", "outcome", "percent", "score", "signed", "times", "verdict")
+_SAID = ("against_noise", "amount", "asked", "duration", "outcome", "percent", "ratio", "score", "times", "verdict")
 
 
 @cache
@@ -180,13 +181,16 @@ def _cell(row: LayerRow) -> Cell:
 
 
 def _left(row: LayerRow) -> float:
-    """What is left of a layer: of its parameters, of its MACs where it has none."""
+    """What is left of a layer: of its parameters; where it has none, of its MACs, or of the numbers it gives."""
     if row.state in ("kept", "added"):
         return 1.0
     if row.state == "removed":
         return 0.0
     share = ratio(row.params_before, row.params_after)
     share = ratio(row.macs_before, row.macs_after) if share is None else share
+    if share is None:
+        shapes = [[int(size) for size in re.findall(r"[0-9]+", shape)] for shape in (row.shape_before, row.shape_after)]
+        share = ratio(*map(math.prod, shapes)) if len(shapes[0]) == len(shapes[1]) else None
     return 1.0 if share is None else min(max(share, 0.0), 1.0)
 
 

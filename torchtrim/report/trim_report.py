@@ -194,7 +194,7 @@ class TrimReport:
         >>> limits = (Limit("macs", 2000, 2000, True), Limit("max_drop", 0.005, 0.01, False))
         >>> report = TrimReport("Net", "accuracy", 0.76, 0.001, "torchtrim trim Net", machine(), limits, (whole, small), (), (), (), "macs", 9.0)
         >>> print(report.headline)
-        4.00 k → 2.00 k MACs, 200 → 100 parameters, accuracy 0.7600 → 0.7500. 1 of 2 limits met; drop of the score missed by 0.0050.
+        4.00 k → 2.00 k MACs, 200 → 100 parameters, accuracy 0.7600 → 0.7500. 1 of 2 limits met; missed: drop of the score by 0.0050.
         >>> report.markdown().splitlines()[0]
         '## torchtrim: Net'
         >>> report.to_dict()["limits"][1]["met"]
@@ -285,25 +285,25 @@ class TrimReport:
     def limits_table(self) -> Table:
         """The budget, and whether it is met."""
         rows = tuple(
-            (NAMES.get(each.name, each.name), amount(each.name, each.limit), amount(each.name, each.found), outcome(each))
+            (NAMES.get(each.name, each.name), outcome(each), amount(each.name, each.limit), amount(each.name, each.found))
             for each in self.limits
         )
-        return Table("limits", ("limit", "at most", "found", "outcome"), rows)
+        return Table("limits", ("limit", "outcome", "at most", "found"), rows, left=2)
 
     def stages_table(self) -> Table:
         """The model at each stage."""
         rows = tuple(
             (
                 each.name,
+                each.note,
                 score(each.score),
                 against_noise(self, each),
                 *(amount(name, getattr(each, name)) for name in COSTS),
                 duration(each.seconds),
-                each.note,
             )
             for each in self.stages
         )
-        return Table("stages", ("stage", self.score, "change", *_COST_COLUMNS, "took", "note"), rows)
+        return Table("stages", ("stage", "note", self.score, "change", *_COST_COLUMNS, "took"), rows, left=2)
 
     def edits_table(self) -> Table:
         """The edits, with what there was before and after."""
@@ -311,15 +311,15 @@ class TrimReport:
             (
                 each.kind,
                 each.text,
+                each.note,
                 f"{amount('macs', each.macs_before)} → {amount('macs', each.macs_after)}",
                 percent(each.macs_before, each.macs_after),
                 f"{amount('params', each.params_before)} → {amount('params', each.params_after)}",
                 percent(each.params_before, each.params_after),
-                each.note,
             )
             for each in self.edits
         )
-        return Table("edits", ("edit", "what", "MACs", "change", "parameters", "change", "note"), rows, left=2)
+        return Table("edits", ("edit", "what", "note", "MACs", "change", "parameters", "change"), rows, left=3)
 
     def front_table(self) -> Table:
         """The candidates on the Pareto front, and the kept one, by their cost."""

@@ -58,7 +58,9 @@ def score(value: float | None) -> str:
     """
     if known(value) is None or value is None:
         return NOTHING
-    return f"{value:.4g}" if abs(value) >= 10 or 0 < abs(value) < 0.001 else f"{value:.4f}"
+    if 0 < abs(value) < 0.001:
+        return f"{value:.2g}"
+    return f"{value:.4g}" if abs(value) >= 10 else f"{value:.4f}"
 
 
 def signed(value: float | None) -> str:
@@ -174,8 +176,11 @@ def verdict(report: TrimReport) -> str:
     total = len(report.limits)
     if not missed:
         return "The limit is met." if total == 1 else f"All {total} limits are met."
-    told = ", ".join(f"{NAMES.get(each.name, each.name)} {outcome(each)}" for each in missed)
-    return f"{total - len(missed)} of {total} limits met; {told}."
+    told = []
+    for each in missed:
+        name, how = NAMES.get(each.name, each.name), outcome(each)
+        told.append(f"{name} ({how})" if how == "not measured" else f"{name} {how.removeprefix('missed ')}")
+    return f"{total - len(missed)} of {total} limits met; missed: {', '.join(told)}."
 
 
 def against_noise(report: TrimReport, stage: Stage) -> str:
