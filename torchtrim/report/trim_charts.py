@@ -167,7 +167,11 @@ class Scale:
 def front_chart(report: TrimReport) -> Chart | None:
     """Score over cost of what was measured, the front as a line, the limits; None where nothing was measured."""
     cost = report.front
-    found = [(each, x, y) for each in report.candidates if (x := _cost(each, cost)) is not None and (y := known(each.score)) is not None]
+    found = [
+        (each, x, y)
+        for each in report.candidates
+        if (x := _cost(each, cost)) is not None and (y := known(each.score)) is not None
+    ]
     if not found:
         return None
     original = None if report.before is None else known(getattr(report.before, cost))
@@ -279,7 +283,9 @@ def _labelled(dots: Sequence[Dot], rules: Sequence[Rule]) -> tuple[Dot, ...]:
     A label stands above its dot on the left: what would be there, better and cheaper, would be on the front instead.
     """
     order = ("kept", "original", "front")
-    named = sorted((place for place, dot in enumerate(dots) if dot.kind in order), key=lambda n: order.index(dots[n].kind))
+    named = sorted(
+        (place for place, dot in enumerate(dots) if dot.kind in order), key=lambda n: order.index(dots[n].kind)
+    )
     taken = [
         (0.0, rule.y / 100 * _TALL - 1.3 * _LINE, _LETTER * len(rule.text), _LINE * 1.3)
         for rule in rules
@@ -292,7 +298,13 @@ def _labelled(dots: Sequence[Dot], rules: Sequence[Rule]) -> tuple[Dot, ...]:
         label = {"kept": f"kept ({dot.number})", "original": "untouched"}.get(dot.kind, str(dot.number))
         wide = _LETTER * len(label)
         x, y = dot.x / 100 * _WIDE, dot.y / 100 * _TALL
-        for anchor, dx, dy in (("end", -8, -7), ("middle", 0, -16), ("start", 11, 12), ("end", -11, 14), ("middle", 0, 18)):
+        for anchor, dx, dy in (
+            ("end", -8, -7),
+            ("middle", 0, -16),
+            ("start", 11, 12),
+            ("end", -11, 14),
+            ("middle", 0, 18),
+        ):
             begin = x + dx - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
             box = (begin, y + dy - _LINE / 2, wide, _LINE)
             if begin > -12 and begin + wide < _WIDE + 6 and not any(_over(box, other) for other in taken):

@@ -232,7 +232,13 @@ def _ranked(ranking: Ranking) -> list[tuple[Any, Bar, int]]:
 def _drops(found: Sensitivity) -> list[tuple[str, list[tuple[str, str, Bar]]]]:
     """For each kind without curves, each layer with its drop and its bar."""
     return [
-        (kind, [(path, text, bar) for (path, _, text), bar in zip(rows, _around_zero([-drop for _, drop, _ in rows]), strict=True)])
+        (
+            kind,
+            [
+                (path, text, bar)
+                for (path, _, text), bar in zip(rows, _around_zero([-drop for _, drop, _ in rows]), strict=True)
+            ],
+        )
         for kind, rows in drops(found)
     ]
 

@@ -285,7 +285,12 @@ class TrimReport:
     def limits_table(self) -> Table:
         """The budget, and whether it is met."""
         rows = tuple(
-            (NAMES.get(each.name, each.name), outcome(each), amount(each.name, each.limit), amount(each.name, each.found))
+            (
+                NAMES.get(each.name, each.name),
+                outcome(each),
+                amount(each.name, each.limit),
+                amount(each.name, each.found),
+            )
             for each in self.limits
         )
         return Table("limits", ("limit", "outcome", "at most", "found"), rows, left=2)
@@ -335,7 +340,9 @@ class TrimReport:
             )
             for each in chosen
         )
-        counts = {state: sum(each.state == state for each in self.candidates) for state in ("measured", "proxy", "failed")}
+        counts = {
+            state: sum(each.state == state for each in self.candidates) for state in ("measured", "proxy", "failed")
+        }
         told = (
             f"{len(self.candidates)} candidates: {counts['measured']} measured, "
             f"{counts['proxy']} went no further than the proxy, {counts['failed']} failed"
