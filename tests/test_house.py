@@ -167,9 +167,11 @@ def test_the_scripts_are_sound() -> None:
 def test_the_wheel_holds_the_package_and_runs(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tables = sorted((PACKAGE / "export" / "kernels").glob("*.json"))
+    pages = sorted(path for path in (PACKAGE / "report").iterdir() if path.suffix in (".jinja", ".css", ".js"))
     for path in [
         *PACKAGE.rglob("*.py"),
         *tables,
+        *pages,
         *(ROOT / n for n in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE")),
     ]:
         copy = tree / path.relative_to(ROOT)
@@ -188,7 +190,7 @@ def test_the_wheel_holds_the_package_and_runs(tmp_path: Path) -> None:
         names = set(archive.namelist())
         archive.extractall(unpacked)
     code = {name for name in names if ".dist-info/" not in name}
-    assert code == {str(path.relative_to(ROOT)) for path in [*SOURCES, *tables]} | {"torchtrim/py.typed"}
+    assert code == {str(path.relative_to(ROOT)) for path in [*SOURCES, *tables, *pages]} | {"torchtrim/py.typed"}
     assert any(name.endswith("/LICENSE") for name in names)
     command = [sys.executable, "-m", "torchtrim", "--help"]
     answer = subprocess.run(command, cwd=unpacked, capture_output=True, text=True, check=True)

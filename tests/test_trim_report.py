@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,7 +70,7 @@ def layer_rows(before: tt.Summary, after: tt.Summary) -> tuple[LayerRow, ...]:
         old, new = olds.get(path), news.get(path)
         state = "removed" if new is None else "added" if old is None else "kept" if old == new else "thinned"
         numbers = [0 if row is None else getattr(row, name) for name in ("params", "macs") for row in (old, new)]
-        shapes = ["" if row is None else "×".join(map(str, row.shapes[0])) for row in (old, new)]
+        shapes = ["" if row is None else "x".join(map(str, row.shapes[0])) for row in (old, new)]
         rows.append(LayerRow(path, (old or new).type, state, *numbers, *shapes))
     return tuple(rows)
 
@@ -182,7 +183,7 @@ def sound(text: str) -> Page:
     """Read a page, and hold it to what every page of ours is."""
     page = Page(text)
     assert page.named("html")[0]["lang"] == "en"
-    assert len(page.named("title")) - len([1 for tag, _ in page.tags if tag == "svg"]) <= 1
+    assert page.tags[[tag for tag, _ in page.tags].index("title") - 1][0] == "meta"
     assert len(page.named("h1")) == 1 and page.named("script") == [{}]
     assert not {"link", "img", "iframe", "object", "base", "form"} & {tag for tag, _ in page.tags}
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
@@ -197,7 +198,7 @@ def sound(text: str) -> Page:
         if tag == "th":
             assert attributes.get("scope") in ("row", "col")
     outline = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
-    assert outline[0] == 1 and all(later <= earlier + 1 for earlier, later in zip(outline, outline[1:], strict=False))
+    assert outline[0] == 1 and all(later <= earlier + 1 for earlier, later in pairwise(outline))
     style = text[text.index("<style>") : text.index("</style>")]
     script = text[text.index("<script>") : text.index("</script>")]
     for never in ("http:", "https:", "@import", "url(", "//cdn", "fetch(", "XMLHttp", "innerHTML", "eval("):
@@ -376,9 +377,9 @@ def test_the_map_of_400_layers_is_in_parts_that_hold_each_layer_once(report: Tri
 
 
 def test_a_thinned_layer_without_weights_is_filled_by_its_shape() -> None:
-    (part,) = parts([LayerRow("act", "ReLU", "thinned", 0, 0, 0, 0, "1×8×4×4", "1×6×4×4")])
+    (part,) = parts([LayerRow("act", "ReLU", "thinned", 0, 0, 0, 0, "1x8x4x4", "1x6x4x4")])
     assert part.cells[0].left == 0.75
-    assert part.cells[0].text == "act (ReLU): thinned, 75% left, 1×8×4×4 → 1×6×4×4"
+    assert part.cells[0].text == "act (ReLU): thinned, 75% left, 1x8x4x4 → 1x6x4x4"
 
 
 def test_the_front_is_drawn_where_its_numbers_are(report: TrimReport) -> None:
@@ -417,7 +418,7 @@ def test_curves_show_what_was_measured_and_mark_the_worst(report: TrimReport) ->
     (chart,) = curve_charts(Sensitivity(0.9, 0.0, tuple(points), 18, 1.0), "accuracy")
     assert [tick.text for tick in chart.x] == ["0 %", "50 %", "75 %"]
     marked = {curve.kind: curve.text for curve in chart.curves if curve.kind}
-    assert marked[1] == "l8: −0.3000 at 75 %" and set(marked) == {1, 2, 3, 4}
+    assert marked[1] == "l8: \N{MINUS SIGN}0.3000 at 75 %" and set(marked) == {1, 2, 3, 4}
     assert len(chart.curves) == 9
     assert curve_charts(Sensitivity(0.9, 0.0, (), 0, 0.0), "accuracy") == []
 
@@ -513,20 +514,56 @@ def pictures() -> ModuleType:
     return module
 
 
-@pytest.mark.skipif(pictures().browser() is None, reason="no Chromium on the PATH")
-@pytest.mark.parametrize("script", [True, False])
-def test_the_page_is_no_wider_than_a_phone(report: TrimReport, tmp_path: Path, script: bool) -> None:
-    long = "x" * 300
-    wide = replace(
-        report,
-        model=long,
-        command=long,
-        notes=(long,),
-        layers=(*report.layers, replace(report.layers[0], path=long, type=long)),
-        candidates=tuple(replace(each, text=long) for each in report.candidates),
+browsed = pytest.mark.skipif(pictures().browser() is None, reason="no Chromium on the PATH")
+
+
+@browsed
+@pytest.mark.parametrize(("long", "script"), [(False, True), (True, True), (True, False)])
+def test_the_page_is_no_wider_than_a_phone(report: TrimReport, tmp_path: Path, long: bool, script: bool) -> None:
+    if long:
+        name = "x" * 300
+        report = replace(
+            report,
+            model=name,
+            command=name,
+            notes=(name,),
+            layers=(*report.layers, replace(report.layers[0], path=name, type=name)),
+            candidates=tuple(replace(each, text=name) for each in report.candidates),
+        )
+    page = tmp_path / "page.html"
+    page.write_text(report.html().replace("<details>", "<details open>"), encoding="utf-8")
+    window, content, tall = pictures().size(page, 360, script=script)
+    assert window == 360 and content == 360 and tall > 1000
+
+
+@browsed
+def test_a_browser_sorts_the_candidates_and_lights_the_dots(report: TrimReport, tmp_path: Path) -> None:
+    scores = (0.5, None, 0.75, -1.0)
+    changed = tuple(replace(each, score=score) for each, score in zip(report.candidates, scores, strict=True))
+    act = """onload = () => { const page = document.querySelector("iframe").contentDocument;
+    const table = [...page.querySelectorAll("#candidates ~ details table.sortable")][0];
+    const order = () => [...table.tBodies[0].rows].map((row) => row.dataset.number).join("");
+    const button = table.tHead.rows[0].cells[4].querySelector("button");
+    const seen = [order()]; button.click(); seen.push(order()); button.click(); seen.push(order());
+    seen.push(table.tHead.rows[0].cells[4].getAttribute("aria-sort"));
+    table.tBodies[0].rows[0].dispatchEvent(new Event("pointerenter"));
+    seen.push(page.querySelector(".dot.lit").dataset.number, page.querySelectorAll("svg.dot title").length);
+    const boxes = () => [...page.querySelectorAll(".map .cell")].filter((cell) => cell.offsetWidth).length;
+    seen.push(boxes()); page.querySelector("#changed").click(); seen.push(boxes());
+    document.title = "seen " + seen.join(" "); };"""
+    page = tmp_path / "page.html"
+    page.write_text(replace(report, candidates=changed).html(), encoding="utf-8")
+    frame = Path(pictures().framed(page, tmp_path, 800, 800, True).removeprefix("file://"))
+    frame.write_text(
+        re.sub(
+            r"<script>.*</script>$",
+            lambda _: f"<script>{act}</script>",
+            frame.read_text(encoding="utf-8"),
+            flags=re.DOTALL,
+        ),
+        encoding="utf-8",
     )
-    for name, each in (("plain", report), ("wide", wide)):
-        page = tmp_path / f"{name}.html"
-        page.write_text(each.html().replace("<details>", "<details open>"), encoding="utf-8")
-        window, content, tall = pictures().size(page, 360, script=script)
-        assert window == 360 and content == 360 and tall > 1000
+    found = re.search(r"<title>seen (.*?)</title>", pictures().run("--dump-dom", frame.as_uri()))
+    assert found is not None
+    boxes = str(len(report.layers)), str(sum(layer.state != "kept" for layer in report.layers))
+    assert found[1].split() == ["0123", "3021", "2031", "descending", "2", "0", *boxes]

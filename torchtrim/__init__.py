@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from torchtrim.recipe.recipe import Recipe
     from torchtrim.report.feature_maps import feature_maps
     from torchtrim.report.size import size_report
+    from torchtrim.report.trim_report import TrimReport
     from torchtrim.search.prune import prune_channels
     from torchtrim.search.removal_curve import TopDown
     from torchtrim.search.sensitivity import Sensitivity, sensitivity
@@ -166,6 +167,7 @@ _HOME = {
     "recipe.recipe": ("Recipe",),
     "report.feature_maps": ("feature_maps",),
     "report.size": ("size_report",),
+    "report.trim_report": ("TrimReport",),
     "search.prune": ("prune_channels",),
     "search.sensitivity": ("Sensitivity", "sensitivity"),
     "search.removal_curve": ("TopDown",),
@@ -274,6 +276,7 @@ __all__ = [
     "TorchTrimWarning",
     "TraceError",
     "TrainedRanges",
+    "TrimReport",
     "Verification",
     "WeightClustering",
     "__version__",

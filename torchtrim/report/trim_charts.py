@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torchtrim.report.trim_words import NAMES, amount, known, score, signed
+from torchtrim.report.trim_words import MINUS, NAMES, amount, known, score, signed
 from torchtrim.search.sensitivity import KINDS
 
 if TYPE_CHECKING:
@@ -333,4 +333,4 @@ def _tick(name: str, value: float) -> str:
                 return f"{value / size:g}{unit}"
         return f"{value:g}"
     unit = {"latency_ms": " ms", "size_mb": " MB"}.get(name, "")
-    return f"{value:g}{unit}".replace("-", "−")
+    return f"{value:g}{unit}".replace("-", MINUS)

@@ -21,7 +21,6 @@ from torchtrim.importance.ranking import Ranking
 from torchtrim.report.trim_words import (
     COSTS,
     NAMES,
-    NOTHING,
     against_noise,
     amount,
     duration,

@@ -18,7 +18,8 @@ NAMES = {
     "max_drop": "drop of the score",
 }
 COSTS = ("macs", "params", "size_mb", "latency_ms")
-NOTHING = "–"
+NOTHING = "\N{EN DASH}"
+MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
 
 def known(value: float | None) -> float | None:
@@ -72,7 +73,7 @@ def signed(value: float | None) -> str:
     """
     if known(value) is None or value is None:
         return NOTHING
-    return "±0" if value == 0 else ("+" if value > 0 else "−") + score(abs(value))
+    return "±0" if value == 0 else ("+" if value > 0 else MINUS) + score(abs(value))
 
 
 def ratio(before: float | None, after: float | None) -> float | None:
@@ -89,7 +90,7 @@ def times(before: float | None, after: float | None) -> str:
         ('0.25×', '–', '1.00×')
     """
     left = ratio(before, after)
-    return NOTHING if left is None else f"{left:.2f}×"
+    return NOTHING if left is None else f"{left:.2f}{TIMES}"
 
 
 def percent(before: float | None, after: float | None) -> str:
@@ -103,7 +104,7 @@ def percent(before: float | None, after: float | None) -> str:
     if left is None:
         return NOTHING
     change = round((left - 1) * 100, 1 if abs(left - 1) < 0.1 else None)
-    return "±0 %" if not change else f"{'+' if change > 0 else '−'}{abs(change):g} %"
+    return "±0 %" if not change else f"{'+' if change > 0 else MINUS}{abs(change):g} %"
 
 
 def duration(seconds: float) -> str:
