@@ -39,6 +39,7 @@ FLOORS = [
     ),
     ("recipe",),
     ("models",),
+    ("autopilot",),
     ("report",),
     ("search",),
     ("export",),

@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torchtrim.autopilot.plans import TrimPlan
+    from torchtrim.autopilot.result import Candidate, TrimResult
+    from torchtrim.autopilot.trim import trim
     from torchtrim.bench.latency import Benchmark, OnnxFile, benchmark
     from torchtrim.bench.size import SizeReport
     from torchtrim.checkpoint.load import load
@@ -101,6 +104,9 @@ if TYPE_CHECKING:
     from torchtrim.train.weight_clustering import ClusterReport, WeightClustering
 
 _HOME = {
+    "autopilot.plans": ("TrimPlan",),
+    "autopilot.result": ("Candidate", "TrimResult"),
+    "autopilot.trim": ("trim",),
     "bench.latency": ("Benchmark", "OnnxFile", "benchmark"),
     "bench.size": ("SizeReport",),
     "checkpoint.load": ("load",),
@@ -201,6 +207,7 @@ __all__ = [
     "AttachHead",
     "Benchmark",
     "Budget",
+    "Candidate",
     "ChannelGroup",
     "ChannelRanking",
     "CheckFailed",
@@ -276,7 +283,9 @@ __all__ = [
     "TorchTrimWarning",
     "TraceError",
     "TrainedRanges",
+    "TrimPlan",
     "TrimReport",
+    "TrimResult",
     "Verification",
     "WeightClustering",
     "__version__",
@@ -318,6 +327,7 @@ __all__ = [
     "sync_optimizer",
     "top_down",
     "trace",
+    "trim",
     "unfreeze",
     "verify_onnx",
     "write_serving_folder",

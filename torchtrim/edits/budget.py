@@ -22,9 +22,11 @@ class Budget:
         params: Parameters, shared ones once; up to 1 a share of the original's.
         size_mb: Parameters and buffers, in MB of a million bytes, as `tt.summary` counts them.
         latency_ms: The median time of one forward of the ONNX file in ONNX Runtime on this machine, in milliseconds.
+        max_drop: How much of the score may be lost, in its own unit: 0.01 is a point of accuracy. `tt.trim` alone takes
+            it, since it alone measures a score.
 
     Raises:
-        EditError: No limit at all, or one that is not a number above zero.
+        EditError: No limit at all, or one that is not a number above zero (a drop may be zero).
 
     Example:
         >>> print(Budget(macs=0.5, params=2_000_000))
@@ -35,12 +37,15 @@ class Budget:
     params: float | None = None
     size_mb: float | None = None
     latency_ms: float | None = None
+    max_drop: float | None = None
 
     def __post_init__(self) -> None:
         given = self.to_dict()
         for name, limit in given.items():
             plain = plain_number(limit)
-            if plain is None or not 0 < plain < math.inf:
+            if name == "max_drop" and plain == 0:
+                plain = 0.0
+            elif plain is None or not 0 < plain < math.inf:
                 raise EditError("a limit is a number above zero", path=f"budget.{name}", found=repr(limit))
             object.__setattr__(self, name, plain)
         if not given:
@@ -78,8 +83,8 @@ class Budget:
 
     @property
     def computed(self) -> dict[str, float]:
-        """The limits that shapes alone tell: all but the latency."""
-        return {name: limit for name, limit in self.to_dict().items() if name != "latency_ms"}
+        """The limits that shapes alone tell: all but the latency and the drop of the score."""
+        return {name: limit for name, limit in self.to_dict().items() if name not in ("latency_ms", "max_drop")}
 
     def limits(self, original: Mapping[str, float]) -> dict[str, float]:
         """The computed limits as absolute numbers.

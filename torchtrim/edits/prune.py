@@ -69,6 +69,13 @@ class PruneChannels(Edit):
         targets = [each for each in ("ratio", "budget", "thresholds") if getattr(self, each) is not None]
         if len(targets) != 1:
             raise EditError("how many channels?", found=targets, expected="a ratio, a budget or thresholds")
+        if self.budget is not None and self.budget.max_drop is not None:
+            raise EditError(
+                "a drop of the score is not measured here",
+                path="budget.max_drop",
+                found=self.budget.max_drop,
+                hint="tt.trim(model, data, budget=...), which measures it",
+            )
         if not isinstance(self.importance, str):
             raise EditError(
                 "a record holds the name of a criterion",

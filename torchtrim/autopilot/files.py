@@ -1,0 +1,144 @@
+"""The files of the autopilot: candidates exported, and timed in alternating rounds beside the original's file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torchtrim.bench.latency import benchmark
+from torchtrim.bench.timing import Timing
+from torchtrim.export.file_model import FileModel
+from torchtrim.export.onnx import export_onnx
+from torchtrim.export.report import ExportReport
+from torchtrim.graph.inputs import Inputs
+
+_SECONDS = 1.0  # how long a candidate and the original beside it are timed, each
+_LONGER = 4.0  # times as long, where the ratio is unclear
+_UNCLEAR = 0.06  # a ratio whose interval is wider than this share of it
+_NEEDS_DATA = ("static", "mixed", "auto")
+
+
+@dataclass(frozen=True)
+class FileOf:
+    """A candidate's file.
+
+    Attributes:
+        report: What the export wrote.
+        ms: Its latency in milliseconds, None where it was not timed: the ratio to the original's file in the same
+            rounds, times what that took at first, so that a machine that is slow for a while misleads nobody.
+        timing: The timing.
+    """
+
+    report: ExportReport
+    ms: float | None
+    timing: Timing | None
+
+
+class Files:
+    """Exports models into a folder, and times them.
+
+    Args:
+        folder: Where the files are; made where it is missing.
+        original: The original model.
+        inputs: Example inputs, at the batch size that is timed.
+        data: Batches to calibrate on.
+        target: As for `export_onnx`.
+        max_drop: As for `export_onnx`.
+        threads: Threads to time with; PyTorch's present number by default.
+        base_ms: What the original's file took, where that was measured before.
+        timed: Whether latencies are measured at all.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        original: nn.Module,
+        inputs: Inputs,
+        data: list[Any],
+        *,
+        target: str,
+        max_drop: float,
+        threads: int | None = None,
+        base_ms: float | None = None,
+        timed: bool = True,
+    ) -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder, self._original, self._inputs, self._data = folder, original, inputs, data
+        self._target, self._max_drop, self._threads = target, max_drop, threads
+        self.original = self.write(original, "float32", folder / "original.onnx", overwrite=True)
+        # A target that cannot run here is timed where it can: on the CPU.
+        self._providers = [self.original.provider]
+        self.base_ms = base_ms
+        if timed and base_ms is None:
+            self.base_ms = float(self._timed({"original": self.original.path})["original"].median_ms)
+
+    def schemes(self) -> list[str]:
+        """The schemes worth trying: float, and what `quantize="auto"` finds near enough and faster on the original."""
+        report = self.write(self._original, "auto", self._folder / "auto.onnx", overwrite=True)
+        found = ["float32"]
+        if report.selection is not None:
+            for tried in sorted(report.selection.tried, key=lambda each: each.ratio or 1.0):
+                near = (
+                    tried.kept or tried.why.startswith(("no faster", "slower than")) or tried.why.endswith("is faster")
+                )
+                if near and tried.ratio is not None and tried.ratio < 1.0 and tried.scheme not in found:
+                    found.append(tried.scheme)
+        if report.quantize not in found and report.quantize != "float64":
+            found.append(report.quantize)
+        return found[:3]
+
+    def write(self, net: nn.Module, scheme: str, path: Path, *, overwrite: bool = False) -> ExportReport:
+        """Export a model in a scheme.
+
+        Raises:
+            ExportError: It cannot be exported so.
+            ExportMismatch: The file does not compute what the model does.
+        """
+        quantize = None if scheme == "float32" else scheme
+        return export_onnx(
+            net,
+            self._inputs,
+            path,
+            target=self._target,
+            quantize=quantize,
+            data=self._data if scheme in _NEEDS_DATA else None,
+            max_drop=self._max_drop,
+            benchmark=False,
+            threads=self._threads,
+            overwrite=overwrite,
+        )
+
+    def of(self, net: nn.Module, scheme: str, path: Path, *, timed: bool) -> FileOf:
+        """A candidate's file, timed beside the original's where that is asked.
+
+        Raises:
+            ExportError: It cannot be exported so.
+            ExportMismatch: The file does not compute what the model does.
+        """
+        report = self.write(net, scheme, path, overwrite=True)
+        if not timed or self.base_ms is None:
+            return FileOf(report, None, None)
+        files = {"original": self.original.path, "candidate": report.path}
+        timing = self._timed(files)["candidate"]
+        return FileOf(report, timing.ratio * self.base_ms, timing)
+
+    def as_model(self, file: FileOf) -> FileModel:
+        """A file that can be evaluated like a model."""
+        provider = file.report.provider
+        providers = [provider] if provider.endswith("ExecutionProvider") else None
+        return FileModel(file.report.path, self._original, self._inputs, providers=providers, threads=self._threads)
+
+    def _timed(self, files: dict[str, Path]) -> Any:
+        found = self._benchmark(files, _SECONDS)
+        last = found[list(files)[-1]]
+        if last.ratio_high - last.ratio_low <= _UNCLEAR * last.ratio:
+            return found
+        again = self._benchmark(files, _LONGER * _SECONDS)
+        other = again[list(files)[-1]]
+        return again if other.ratio_high - other.ratio_low < last.ratio_high - last.ratio_low else found
+
+    def _benchmark(self, files: dict[str, Path], seconds: float) -> Any:
+        return benchmark(files, self._inputs, seconds=seconds, threads=self._threads, providers=self._providers)

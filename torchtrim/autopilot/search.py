@@ -1,0 +1,240 @@
+"""One trial after the other: a plan is made, judged by a cheap proxy, and measured where that is good enough."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from torchtrim.autopilot.building import Builder, cost_of
+from torchtrim.autopilot.files import FileOf
+from torchtrim.autopilot.plans import PlanSpace, TrimPlan
+from torchtrim.autopilot.result import Candidate
+from torchtrim.autopilot.study import TrimStudy
+from torchtrim.errors import InputError, TorchTrimError
+from torchtrim.graph.summary import Summary, summary
+from torchtrim.search.evaluation import evaluated
+from torchtrim.search.share import Try, largest_share
+
+if TYPE_CHECKING:
+    from torchtrim.autopilot.trimming import Trimming
+
+_TRIES = 4  # shares that are measured for one plan to come to a latency
+
+
+class TrimStopped(InputError):
+    """The `InputError` of an evaluate function that failed on the way; `candidates` holds what was measured by then."""
+
+    candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True)
+class Made:
+    """A candidate before it is scored.
+
+    Attributes:
+        model: The model.
+        left: Its summary.
+        share: The share of the MACs that it was pruned to, where a latency decided that.
+        file: Its file; None where none is made.
+    """
+
+    model: nn.Module
+    left: Summary
+    share: float | None
+    file: FileOf | None
+
+
+class Search:
+    """The trials of a study.
+
+    Args:
+        work: What the search is of: the budget, the score, the judge, the study, the files.
+        builder: Makes candidates.
+        space: The plans.
+    """
+
+    def __init__(self, work: Trimming, builder: Builder, space: PlanSpace) -> None:
+        self._work, self._builder, self._space = work, builder, space
+        self._budget, self._files, self._study = work.asked.budget, work.files, work.study
+        self._file = work.folder / "candidates" / "candidate.onnx"
+        self._limits = dict(builder.limits)
+        if self._budget.latency_ms is not None:
+            self._limits["latency_ms"] = self._budget.latency_ms
+        self._unpruned: dict[tuple[int, str], Try[Made]] = {}
+
+    def run(self, trials: int, seconds: float | None) -> None:
+        """Try plans until so many are done in all, the time is up, or none is left.
+
+        Raises:
+            TrimStopped: The evaluate function fails.
+        """
+        began = time.perf_counter()
+        while len(self._study.done()) < trials:
+            if seconds is not None and time.perf_counter() - began > seconds:
+                return
+            claimed = self._study.next(self._space)
+            if claimed is None:
+                return
+            trial, plan = claimed
+            self._work.say(f"plan {len(self._study.done()) + 1} of {trials}: {plan}", len(self._study.done()) / trials)
+            try:
+                self._try(trial, plan)
+            except BaseException:
+                self._study.forget(trial)
+                raise
+
+    def _try(self, trial: Any, plan: TrimPlan) -> None:
+        started = time.perf_counter()
+        attributes: dict[str, Any] = {}
+        try:
+            made = self._first(plan)
+            proxy = self._work.judge.error(made.model)
+            attributes = {"proxy": proxy, **self._costs(made)}
+            if not math.isfinite(proxy):
+                self._study.failed(trial, "its outputs are not finite", {**attributes, "proxy": None})
+                return
+            if not self._study.worth_it(trial, proxy):
+                self._study.gave_up(trial, {**attributes, "seconds": time.perf_counter() - started})
+                return
+            made = self._measured(plan, made)
+        except TorchTrimError as error:
+            self._study.failed(trial, error.message, attributes)
+            return
+        score = self._score(made, str(plan))
+        attributes |= self._costs(made) | {"score": score, "seconds": time.perf_counter() - started}
+        if math.isnan(score):
+            self._study.failed(trial, "evaluate gave NaN", {**attributes, "score": None})
+            return
+        excess = self.excess(attributes, score)
+        attributes["excess"] = {name: over for name, over in excess.items() if over > 0}
+        self._study.tell(trial, self._value(attributes, score), attributes, excess)
+
+    def _first(self, plan: TrimPlan) -> Made:
+        """The candidate as it is judged by the proxy: for a latency, at the share that is likely to come to it."""
+        limit = self._limits.get("latency_ms")
+        if limit is None or self._files is None:
+            return self._made(plan, None)
+        whole = self._whole(plan)
+        return whole.model if whole.ms <= limit else self._made(plan, whole.share * limit / whole.ms)
+
+    def _measured(self, plan: TrimPlan, made: Made) -> Made:
+        """The candidate as it is scored: with its file, where files are made, at the largest share fast enough."""
+        if self._files is None or made.file is not None:
+            return made
+        limit = self._limits.get("latency_ms")
+        if limit is None:
+            file = self._files.of(made.model, plan.scheme, self._file, timed=self._work.timed)
+            return Made(made.model, made.left, None, file)
+        macs = max(self._builder.whole.macs, 1)
+
+        def measure(share: float) -> Try[Made]:
+            found = self._made(plan, share)
+            timed = self._timed(plan, found)
+            reached = found.left.macs / macs
+            return Try(reached, _ms(timed), timed, smaller=reached <= share * 1.02)
+
+        best, _ = largest_share(limit, self._whole(plan), measure, tries=_TRIES)
+        return best.model
+
+    def _whole(self, plan: TrimPlan) -> Try[Made]:
+        """The model with the plan's blocks out, and no channels pruned but for the limits that shapes tell."""
+        key = (plan.remove, plan.scheme)
+        if key not in self._unpruned or self._builder.limits:
+            made = self._timed(plan, self._made(plan, 1.0))
+            share = made.left.macs / max(self._builder.whole.macs, 1)
+            self._unpruned[key] = Try(share, _ms(made), made)
+        return self._unpruned[key]
+
+    def _made(self, plan: TrimPlan, share: float | None) -> Made:
+        net = self._builder.steps(plan, share)[-1].model
+        return Made(net, summary(net, self._builder.inputs), share, None)
+
+    def _timed(self, plan: TrimPlan, made: Made) -> Made:
+        if self._files is None:
+            return made
+        file = self._files.of(made.model, plan.scheme, self._file, timed=True)
+        return Made(made.model, made.left, made.share, file)
+
+    def _score(self, made: Made, what: str) -> float:
+        net = made.model
+        if made.file is not None and self._files is not None and made.file.report.quantize != "float32":
+            net = self._files.as_model(made.file)
+        try:
+            return evaluated(self._work.score, net, f"a candidate ({what})")
+        except InputError as error:
+            stopped = TrimStopped(
+                error.message, path=error.path, found=error.found, expected=error.expected, hint="error.candidates"
+            )
+            stopped.candidates = tuple(candidates_of(self._study))
+            raise stopped from error
+
+    def _costs(self, made: Made) -> dict[str, Any]:
+        found: dict[str, Any] = cost_of(made.left)
+        if made.file is not None:
+            found["size_mb"] = made.file.report.size_mb
+        return found | {"latency_ms": None if made.file is None else made.file.ms, "share": made.share}
+
+    def excess(self, costs: dict[str, Any], score: float) -> dict[str, float]:
+        """By how much each limit is missed, as a share of it (below zero: met); for `max_drop` in the score's unit."""
+        found = {name: (costs[name] - limit) / limit for name, limit in self._limits.items() if costs[name] is not None}
+        if self._budget.max_drop is not None:
+            found["max_drop"] = self._work.baseline - score - self._budget.max_drop
+        return found
+
+    def _value(self, costs: dict[str, Any], score: float) -> float:
+        """What the study makes small: the loss, or the cost where the budget names none."""
+        return self._work.baseline - score if self._limits else float(costs[self._work.cost])
+
+
+def candidates_of(study: TrimStudy) -> list[Candidate]:
+    """What a study holds, in its order."""
+    found = []
+    for trial in study.done():
+        held = trial.user_attrs
+        found.append(
+            Candidate(
+                number=trial.number,
+                plan=TrimPlan(**held["plan"]),
+                proxy=held.get("proxy"),
+                score=held.get("score"),
+                share=held.get("share"),
+                macs=held.get("macs", 0),
+                params=held.get("params", 0),
+                size_mb=held.get("size_mb", 0.0),
+                latency_ms=held.get("latency_ms"),
+                excess=held.get("excess", {}),
+                why=held.get("why", ""),
+            )
+        )
+    return found
+
+
+def best_of(candidates: list[Candidate], cost: str, noise: float, *, smallest: bool = False) -> Candidate | None:
+    """The candidate to keep: of those within all limits the one with the best score, else the one that misses least.
+
+    Scores that lie nearer than the noise are alike: of these the smallest is kept.
+
+    Args:
+        candidates: What was tried.
+        cost: What tells which is smaller.
+        noise: How far a score moves by itself.
+        smallest: Of those within all limits keep the smallest.
+    """
+    measured = [each for each in candidates if each.score is not None]
+    if not measured:
+        return None
+    least = min(sum(each.excess.values()) for each in measured)
+    near = [each for each in measured if sum(each.excess.values()) <= least + 1e-12]
+    if smallest and least == 0:
+        return min(near, key=lambda each: (getattr(each, cost) or 0.0, -(each.score or 0.0)))
+    best = max(each.score or 0.0 for each in near)
+    alike = [each for each in near if (each.score or 0.0) >= best - noise]
+    return min(alike, key=lambda each: (getattr(each, cost) or 0.0, each.number))
+
+
+def _ms(made: Made) -> float:
+    return math.inf if made.file is None or made.file.ms is None else made.file.ms
