@@ -304,7 +304,8 @@ def test_markdown_has_tables_of_equal_width_and_the_headline_first(report: TrimR
     assert report.headline.replace("|", "\\|") in text
     counted = list(tables_of(text))
     assert len(counted) >= 6 and all(len(set(lines)) == 1 for lines in counted)
-    assert text.count("<details>") == text.count("</details>") == 1
+    assert text.count("<details>") == text.count("</details>") == 2
+    assert "net.onnx, " in text and "every output is within the tolerance" in text
     assert "❌ missed by 100 %: latency at most 0.010 ms" in text
     fenced = replace(report, command="echo '```'").markdown()
     assert "\n````sh\necho '```'\n````\n" in fenced

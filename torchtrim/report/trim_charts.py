@@ -307,7 +307,7 @@ def _labelled(dots: Sequence[Dot], rules: Sequence[Rule]) -> tuple[Dot, ...]:
         ):
             begin = x + dx - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
             box = (begin, y + dy - _LINE / 2, wide, _LINE)
-            if begin > -12 and begin + wide < _WIDE + 6 and not any(_over(box, other) for other in taken):
+            if begin > 0 and begin + wide < _WIDE + 6 and not any(_over(box, other) for other in taken):
                 taken.append(box)
                 done[place] = replace(dot, label=label, anchor=anchor, dx=dx, dy=dy)
                 break

@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torchtrim.bench.table import Table
-from torchtrim.report.trim_words import asked, headline, outcome
+from torchtrim.report.trim_words import amount, asked, headline, outcome
 
 if TYPE_CHECKING:
     from torchtrim.report.trim_report import TrimReport
 
 _SPECIAL = re.compile(r"[\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+
+_MANY = 16  # rows of a table that is not folded
 
 
 def markdown(report: TrimReport) -> str:
@@ -38,9 +40,18 @@ def markdown(report: TrimReport) -> str:
         parts.append(_folded(f"{count} edit{'s' * (count != 1)}", [_table(report.edits_table())]))
     if report.candidates:
         front = report.front_table()
-        parts += [f"### {front.title[0].upper()}{escaped(front.title[1:])}", _table(front)]
+        parts.append(f"### {escaped(front.title[0].upper() + front.title[1:])}")
+        count = len(front.rows)
+        parts.append(_table(front) if count <= _MANY else _folded(f"{count} candidates", [_table(front)]))
     if report.export is not None:
-        parts += ["### Export", *(_table(table, titled=True) for table in report.export.tables())]
+        checked = report.export.verification
+        within = "every output is" if checked.passed else "not every output is"
+        parts += [
+            "### Export",
+            f"{escaped(report.export.path.name)}, {amount('size_mb', report.export.size_mb)}, run beside the PyTorch model "
+            f"on {checked.rows} rows on {escaped(checked.provider)}: {within} within the tolerance.",
+            _folded("What was checked", [_table(table, titled=True) for table in report.export.tables()]),
+        ]
     about = [
         *([f"- inputs: {escaped(report.inputs)}"] if report.inputs else []),
         *([f"- data: {escaped(report.data)}"] if report.data else []),
