@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torchtrim.report.trim_report import CandidateRow, TrimReport
     from torchtrim.search.sensitivity import Sensitivity
 
-_TOP, _BOTTOM, _SIDE = 0.06, 0.06, 0.04  # what is left free around the marks, as a share
+_TOP, _BOTTOM, _LEFT, _RIGHT = 0.06, 0.06, 0.1, 0.04  # free around the marks, as a share; labels are on the left
 _HIGHLIGHTED = 4  # curves that have a colour of their own
 _WIDE, _TALL = 280.0, 240.0  # pixels that a phone has for a chart: what fits there fits everywhere
 _LETTER, _LINE = 7.0, 14.0  # pixels of a letter of a label, and of its height
@@ -180,7 +180,7 @@ def front_chart(report: TrimReport) -> Chart | None:
     xs = [x for _, x, _ in found] + [value for value in (original, limits.get(cost)) if value is not None]
     least = None if baseline is None or "max_drop" not in limits else baseline - limits["max_drop"]
     ys = [y for *_, y in found] + [value for value in (baseline, least) if value is not None]
-    across, up = Scale.around(xs, _SIDE, _SIDE), Scale.around(ys, _BOTTOM, _TOP)
+    across, up = Scale.around(xs, _LEFT, _RIGHT), Scale.around(ys, _BOTTOM, _TOP)
 
     dots = []
     for each, x, y in sorted(found, key=lambda one: (one[0].kept, one[0].on_front)):
@@ -291,7 +291,7 @@ def _labelled(dots: Sequence[Dot], rules: Sequence[Rule]) -> tuple[Dot, ...]:
         for rule in rules
         if rule.y is not None
     ]
-    taken += [(dot.x / 100 * _WIDE - 6, dot.y / 100 * _TALL - 6, 12.0, 12.0) for dot in dots if dot.kind != "measured"]
+    taken += [(dot.x / 100 * _WIDE - 6, dot.y / 100 * _TALL - 6, 12.0, 12.0) for dot in dots]
     done = list(dots)
     for place in named:
         dot = dots[place]

@@ -48,8 +48,8 @@ def markdown(report: TrimReport) -> str:
         within = "every output is" if checked.passed else "not every output is"
         parts += [
             "### Export",
-            f"{escaped(report.export.path.name)}, {amount('size_mb', report.export.size_mb)}, run beside the PyTorch model "
-            f"on {checked.rows} rows on {escaped(checked.provider)}: {within} within the tolerance.",
+            f"{escaped(report.export.path.name)}, {amount('size_mb', report.export.size_mb)}, run beside the PyTorch "
+            f"model on {checked.rows} rows on {escaped(checked.provider)}: {within} within the tolerance.",
             _folded("What was checked", [_table(table, titled=True) for table in report.export.tables()]),
         ]
     about = [
