@@ -14,6 +14,7 @@ from torchtrim.edits.addresses import Address, places
 from torchtrim.edits.calls import Runs, callers, held_plainly
 from torchtrim.edits.joint import Form
 from torchtrim.edits.kept_nodes import Plan
+from torchtrim.edits.layer_numbers import layer_numbers, renumber_layers
 from torchtrim.edits.remove_runs import Call, Run, main_node
 from torchtrim.edits.rewire import Room, call_by_name
 from torchtrim.edits.work import Work
@@ -113,6 +114,7 @@ def take_out(
     Raises:
         EditError: A module that has to be opened cannot be.
     """
+    numbers = layer_numbers(work.model)
     call_by_name(work, [each.address for each in taken if each.how == "passed" and "#" not in each.address])
     opened = [each for each in taken if each.how == "opened"]
     if opened:
@@ -132,6 +134,7 @@ def take_out(
         else:
             for parent, name in _holders(work.model, address.path):
                 _set(parent, name, None)
+    renumber_layers(work.model, numbers)
 
 
 def _set(parent: nn.Module, name: str, module: nn.Module | None) -> None:
