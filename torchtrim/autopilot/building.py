@@ -71,21 +71,24 @@ class Builder:
         self._shorter: tuple[int, nn.Module] = (0, model)
         self._scored: tuple[tuple[int, str], Any] | None = None
 
-    def steps(self, plan: TrimPlan, share: float | None = None, *, check: bool = False) -> list[Step]:
+    def steps(
+        self, plan: TrimPlan, share: float | None = None, *, check: bool = False, shapes_only: bool = False
+    ) -> list[Step]:
         """The steps of a plan, the last one's model being the candidate.
 
         Args:
             plan: The plan.
             share: Prune to this share of the original's MACs at most, whatever the plan says.
             check: Compare each edit with what it should compute (see `remove` and `prune_channels`).
+            shapes_only: The shapes alone have to be right: no weights are solved anew, no statistics moved.
 
         Raises:
             TorchTrimError: It cannot be done.
         """
         with torch.no_grad(), kept_random_state():
-            return list(self._steps(plan, plan.share if share is None else share, check))
+            return list(self._steps(plan, plan.share if share is None else share, check, shapes_only))
 
-    def _steps(self, plan: TrimPlan, share: float | None, check: bool) -> Iterator[Step]:
+    def _steps(self, plan: TrimPlan, share: float | None, check: bool, shapes_only: bool) -> Iterator[Step]:
         started = time.perf_counter()
         net = self._without(plan.remove, check)
         if plan.remove:
@@ -95,10 +98,10 @@ class Builder:
         target = self._target(share)
         changed = False
         if plan.pruning != "none" and not self.keeps(summary(net, self.inputs), target):
-            net, note = self._pruned(net, plan, target, check)
+            net, note = self._pruned(net, plan, target, check, shapes_only)
             changed = True
             yield Step("channels pruned", net, time.perf_counter() - started, note)
-        if self._repair and (plan.remove or changed):
+        if self._repair and (plan.remove or changed) and not shapes_only:
             started = time.perf_counter()
             net = full_copy(net)
             found = recalibrate_batchnorm(net, self.data, self.inputs, original=self.model)
@@ -124,7 +127,9 @@ class Builder:
             self._shorter = (count, net.eval())
         return self._shorter[1]
 
-    def _pruned(self, net: nn.Module, plan: TrimPlan, target: dict[str, float], check: bool) -> tuple[nn.Module, str]:
+    def _pruned(
+        self, net: nn.Module, plan: TrimPlan, target: dict[str, float], check: bool, shapes_only: bool
+    ) -> tuple[nn.Module, str]:
         importance, scope, reconstruct = PRUNINGS[plan.pruning]
         # Limits are absolute: a MACs limit up to 1 would be a share of what is left after the removal.
         budget = Budget(
@@ -137,7 +142,7 @@ class Builder:
                 budget=budget,
                 importance=self._criterion(net, plan.remove, importance),
                 scope=scope,  # type: ignore[arg-type]  # of the table, which holds scopes alone
-                reconstruct=reconstruct,
+                reconstruct=reconstruct and not shapes_only,
                 data=self.data,
                 check=check,
             )

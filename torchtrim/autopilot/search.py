@@ -60,11 +60,11 @@ class Search:
     def __init__(self, work: Trimming, builder: Builder, space: PlanSpace) -> None:
         self._work, self._builder, self._space = work, builder, space
         self._budget, self._files, self._study = work.asked.budget, work.files, work.study
-        self._file = work.folder / "candidates" / "candidate.onnx"
+        self._file = work.scratch / "candidates" / "candidate.onnx"
         self._limits = dict(builder.limits)
         if self._budget.latency_ms is not None:
             self._limits["latency_ms"] = self._budget.latency_ms
-        self._unpruned: dict[tuple[int, str], Try[Made]] = {}
+        self._unpruned: dict[tuple[int, str], Try[None]] = {}
 
     def run(self, trials: int, seconds: float | None) -> None:
         """Try plans until so many are done in all, the time is up, or none is left.
@@ -91,7 +91,7 @@ class Search:
         started = time.perf_counter()
         attributes: dict[str, Any] = {}
         try:
-            made = self._first(plan)
+            made = self._made(plan)
             proxy = self._work.judge.error(made.model)
             attributes = {"proxy": proxy, **self._costs(made)}
             if not math.isfinite(proxy):
@@ -100,7 +100,7 @@ class Search:
             if not self._study.worth_it(trial, proxy):
                 self._study.gave_up(trial, {**attributes, "seconds": time.perf_counter() - started})
                 return
-            made = self._measured(plan, made)
+            made = self._with_file(plan, made)
         except TorchTrimError as error:
             self._study.failed(trial, error.message, attributes)
             return
@@ -113,50 +113,40 @@ class Search:
         attributes["excess"] = {name: over for name, over in excess.items() if over > 0}
         self._study.tell(trial, self._value(attributes, score), attributes, excess)
 
-    def _first(self, plan: TrimPlan) -> Made:
-        """The candidate as it is judged by the proxy: for a latency, at the share that is likely to come to it."""
-        limit = self._limits.get("latency_ms")
-        if limit is None or self._files is None:
-            return self._made(plan, None)
-        whole = self._whole(plan)
-        return whole.model if whole.ms <= limit else self._made(plan, whole.share * limit / whole.ms)
-
-    def _measured(self, plan: TrimPlan, made: Made) -> Made:
-        """The candidate as it is scored: with its file, where files are made, at the largest share fast enough."""
-        if self._files is None or made.file is not None:
-            return made
-        limit = self._limits.get("latency_ms")
-        if limit is None:
-            file = self._files.of(made.model, plan.scheme, self._file, timed=self._work.timed)
-            return Made(made.model, made.left, None, file)
-        macs = max(self._builder.whole.macs, 1)
-
-        def measure(share: float) -> Try[Made]:
-            found = self._made(plan, share)
-            timed = self._timed(plan, found)
-            reached = found.left.macs / macs
-            return Try(reached, _ms(timed), timed, smaller=reached <= share * 1.02)
-
-        best, _ = largest_share(limit, self._whole(plan), measure, tries=_TRIES)
-        return best.model
-
-    def _whole(self, plan: TrimPlan) -> Try[Made]:
-        """The model with the plan's blocks out, and no channels pruned but for the limits that shapes tell."""
-        key = (plan.remove, plan.scheme)
-        if key not in self._unpruned or self._builder.limits:
-            made = self._timed(plan, self._made(plan, 1.0))
-            share = made.left.macs / max(self._builder.whole.macs, 1)
-            self._unpruned[key] = Try(share, _ms(made), made)
-        return self._unpruned[key]
-
-    def _made(self, plan: TrimPlan, share: float | None) -> Made:
+    def _made(self, plan: TrimPlan) -> Made:
+        """The candidate: for a latency at the largest share of the MACs whose file is fast enough."""
+        share = None
+        if "latency_ms" in self._limits and self._files is not None:
+            whole = self._shape(plan, 1.0)
+            share = whole.share
+            if whole.ms > self._limits["latency_ms"] and plan.pruning != "none":
+                best, _ = largest_share(
+                    self._limits["latency_ms"], whole, lambda aim: self._shape(plan, aim), tries=_TRIES
+                )
+                share = best.share
         net = self._builder.steps(plan, share)[-1].model
         return Made(net, summary(net, self._builder.inputs), share, None)
 
-    def _timed(self, plan: TrimPlan, made: Made) -> Made:
+    def _shape(self, plan: TrimPlan, share: float) -> Try[None]:
+        """The latency of a plan's shapes at a share of the MACs: the weights do not matter for it."""
+        key = (plan.remove, plan.scheme)
+        if share == 1.0 and key in self._unpruned:
+            return self._unpruned[key]
+        net = self._builder.steps(plan, share, shapes_only=True)[-1].model
+        reached = summary(net, self._builder.inputs).macs / max(self._builder.whole.macs, 1)
+        ms = math.inf
+        if self._files is not None:
+            ms = self._files.of(net, plan.scheme, self._file, timed=True).ms or math.inf
+        found: Try[None] = Try(reached, ms, None, smaller=reached <= share * 1.02)
+        if share == 1.0 and not self._builder.limits:
+            self._unpruned[key] = found
+        return found
+
+    def _with_file(self, plan: TrimPlan, made: Made) -> Made:
+        """The candidate with its file, where files are made."""
         if self._files is None:
             return made
-        file = self._files.of(made.model, plan.scheme, self._file, timed=True)
+        file = self._files.of(made.model, plan.scheme, self._file, timed=self._work.timed)
         return Made(made.model, made.left, made.share, file)
 
     def _score(self, made: Made, what: str) -> float:
@@ -234,7 +224,3 @@ def best_of(candidates: list[Candidate], cost: str, noise: float, *, smallest: b
     best = max(each.score or 0.0 for each in near)
     alike = [each for each in near if (each.score or 0.0) >= best - noise]
     return min(alike, key=lambda each: (getattr(each, cost) or 0.0, each.number))
-
-
-def _ms(made: Made) -> float:
-    return math.inf if made.file is None or made.file.ms is None else made.file.ms

@@ -70,7 +70,9 @@ class Trimming:
         stack.enter_context(kept_random_state())
         stack.enter_context(kept_modes(model))
         self.say: Callable[[str, float], Any] = stack.enter_context(progress("trim"))
-        self.folder = _made(asked.folder) or Path(stack.enter_context(TemporaryDirectory(prefix="torchtrim.")))
+        # Processes that share a study share its folder, and must not write to each other's files.
+        self.scratch = Path(stack.enter_context(TemporaryDirectory(prefix="torchtrim.")))
+        self.folder = _made(asked.folder) or self.scratch
         self.original = full_copy(model).eval()
         self.say("reading the data", 0.0)
         read = read_rows(
@@ -251,7 +253,7 @@ class Trimming:
             return None
         drop = self.asked.budget.max_drop
         files = Files(
-            self.folder / "candidates",
+            self.scratch / "candidates",
             self.original,
             self.inputs,
             self.data,
