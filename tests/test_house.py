@@ -33,6 +33,7 @@ FLOORS = [
         "cli_rank",
         "cli_recipes",
         "cli_sparsify",
+        "cli_trim",
         "cli_verify",
         "demo",
         "__main__",

@@ -13,7 +13,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from torchtrim import cli_bench, cli_edits, cli_export, cli_prune, cli_rank, cli_recipes, cli_sparsify, cli_verify
+from torchtrim import (
+    cli_bench,
+    cli_edits,
+    cli_export,
+    cli_prune,
+    cli_rank,
+    cli_recipes,
+    cli_sparsify,
+    cli_trim,
+    cli_verify,
+)
 from torchtrim.cli_options import (
     EXIT_CODES,
     Debug,
@@ -174,6 +184,7 @@ cli_prune.add_commands(app)
 cli_rank.add_commands(app)
 cli_sparsify.add_commands(app)
 cli_recipes.add_commands(app)
+cli_trim.add_commands(app)
 cli_verify.add_commands(app)
 
 

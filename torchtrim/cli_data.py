@@ -21,15 +21,18 @@ def labelled_batches(data: Path, limit: int, x: Inputs, classes: int | None) -> 
     """The data in batches, with labels where they are the classes of the model's output.
 
     Args:
-        data: The folder or the file.
+        data: The folder, the file, or the data set of torchvision.
         limit: At most this many rows.
         x: An example of the model's input.
         classes: How many classes the model's output has; None where it has none.
     """
     from torchtrim.recipe.data import read_data
     from torchtrim.recipe.form import DataSection
+    from torchtrim.recipe.torchvision_data import PREFIX
 
     section = DataSection(file=str(data), limit=limit)
+    if str(data).startswith(PREFIX):
+        return read_data(section, x, labelled=True)
     if data.is_dir():
         folders = sum(each.is_dir() and not each.name.startswith(".") for each in data.iterdir())
         labelled = folders > 0 and folders == classes

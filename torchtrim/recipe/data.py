@@ -13,6 +13,7 @@ import torch
 from torchtrim.errors import InputError, MissingDependency, nearest
 from torchtrim.graph.inputs import Inputs
 from torchtrim.recipe.form import DataSection
+from torchtrim.recipe.torchvision_data import PREFIX, TorchvisionRows
 
 # Of ImageNet, in red, green and blue: what nearly every network of a zoo was trained with.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -88,7 +89,8 @@ def read_data(
     """The batches that a recipe's data section means.
 
     Pictures, in a folder or as whole numbers from 0 to 255 in an array of four dimensions, become floats, less
-    `mean` and over `std`, channels first. Those of a folder are resized and cropped to the model's input.
+    `mean` and over `std`, channels first. Those of a folder or a data set of torchvision (`torchvision:CIFAR10:FOLDER`)
+    are resized and cropped to the model's input.
 
     Args:
         section: Which file, and how.
@@ -102,9 +104,13 @@ def read_data(
         MissingDependency: Pictures, and torchvision is not installed.
     """
     path = folder / section.file
-    if not path.exists():
+    rows: _Rows
+    if section.file.startswith(PREFIX):
+        rows = _DataSet(folder, section, inputs)
+    elif not path.exists():
         raise InputError("no such file or folder", path=path)
-    rows: _Rows = _Pictures(path, section, inputs) if path.is_dir() else _Arrays(path, section, labelled)
+    else:
+        rows = _Pictures(path, section, inputs) if path.is_dir() else _Arrays(path, section, labelled)
     if labelled and rows.labels is None:
         raise InputError(
             "training needs labels",
@@ -170,11 +176,7 @@ class _Pictures:
         labels = [(file, number) for number, place in enumerate(classes) for file in pictures(place)]
         self.labels = torch.tensor([number for _, number in labels]) if labels else None
         self._files = [file for file, _ in labels] or pictures(path)
-        shape = inputs.tensors[0].shape
-        if len(shape) != 4:
-            raise InputError("pictures need a model that takes them", path=path, expected="an input (N, C, H, W)")
-        self._size = (int(shape[2]), int(shape[3]))
-        self._mode = "L" if shape[1] == 1 else "RGB"
+        self._fit = _Fit(inputs, path)
         self._section = section
 
     def __len__(self) -> int:
@@ -186,15 +188,45 @@ class _Pictures:
 
     def _read(self, file: Path) -> torch.Tensor:
         from PIL import Image
-        from torchvision.transforms import functional
 
         try:
             with Image.open(file) as opened:
-                picture = opened.convert(self._mode)
+                return self._fit(opened)
         except OSError as error:
             raise InputError(f"the picture cannot be read: {error}", path=file) from error
+
+
+class _DataSet:
+    """Pictures of a data set of torchvision."""
+
+    def __init__(self, folder: Path, section: DataSection, inputs: Inputs) -> None:
+        self._rows = TorchvisionRows(section.file, folder, _Fit(inputs, section.file))
+        self.labels = self._rows.labels
+        self._section = section
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self, indices: list[int]) -> ModelInputs:
+        """These pictures."""
+        return _floats(self._rows.take(indices), self._section)
+
+
+class _Fit:
+    """Resizes and crops a picture to a model's input."""
+
+    def __init__(self, inputs: Inputs, path: object) -> None:
+        shape = inputs.tensors[0].shape
+        if len(shape) != 4:
+            raise InputError("pictures need a model that takes them", path=path, expected="an input (N, C, H, W)")
+        self._size = (int(shape[2]), int(shape[3]))
+        self._mode = "L" if shape[1] == 1 else "RGB"
+
+    def __call__(self, picture: Any) -> torch.Tensor:
+        from torchvision.transforms import functional
+
         shorter = round(max(self._size) / _CROP)
-        cropped = functional.center_crop(functional.resize(picture, shorter), list(self._size))
+        cropped = functional.center_crop(functional.resize(picture.convert(self._mode), shorter), list(self._size))
         pixels: torch.Tensor = functional.pil_to_tensor(cropped)
         return pixels
 

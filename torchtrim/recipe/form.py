@@ -56,7 +56,9 @@ class TensorSection(_Section):
 class DataSection(_Section):
     """Data in a file or a folder."""
 
-    file: Annotated[str, Field(description="A .npz, .npy or .pt file, or a folder of pictures.")]
+    file: Annotated[
+        str, Field(description="A .npz, .npy or .pt file, a folder of pictures, or torchvision:CIFAR10:FOLDER[:test].")
+    ]
     inputs: Annotated[
         str | list[str] | dict[str, str] | None,
         Field(description="Names of the arrays the model takes; {argument: array} for keyword arguments."),
