@@ -20,7 +20,7 @@ class TorchvisionRows:
     """The pictures and labels of a data set that lies on disk already; nothing is fetched.
 
     Args:
-        name: `torchvision:CLASS:FOLDER`, and `:test` where it is not the training part. A class that has splits with other
+        name: `torchvision:CLASS:FOLDER`, and `:test` where it is not the training part. A class whose splits have other
             names takes them there.
         folder: Where a relative path starts.
         fitted: Makes a picture into what the model takes.
@@ -58,13 +58,13 @@ class TorchvisionRows:
         if "download" in known:
             asked["download"] = False
         try:
-            self._held: Any = made(**asked)
+            held: Any = made(**asked)
         except (RuntimeError, OSError, ValueError, TypeError) as error:
             raise InputError(f"the data set cannot be read: {str(error).splitlines()[0]}", path=name) from error
-        self._fitted = fitted
-        labels = getattr(self._held, "targets", None)
+        self._held, self._fitted = held, fitted
+        labels = getattr(held, "targets", None)
         if labels is None:
-            labels = [self._held[row][1] for row in range(len(self._held))]
+            labels = [held[row][1] for row in range(len(held))]
         self.labels: torch.Tensor | None = torch.as_tensor(labels).long()
 
     def __len__(self) -> int:
