@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -360,3 +361,13 @@ def test_the_result_is_plain_data_and_a_table() -> None:
     scores = [each.score for each in result.pareto]
     assert costs == sorted(costs)
     assert scores == sorted(scores)
+
+
+def test_the_guide_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs" / "trim.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "trim.md", "exec"), names)
+    assert (tmp_path / "trimmed" / "report.html").is_file()
+    assert {*names["result"].met, *names["result"].missed} == {"size_mb", "max_drop"}
