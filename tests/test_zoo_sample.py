@@ -24,6 +24,7 @@ SAMPLE = {
     "timm:ghostnet_050": "functional dropout in the model's own forward",
     "timm:levit_128s": "a cache in attributes, two distilled heads",
 }
+SLOW = ("timm:ghostnet_050", "timm:levit_128s", "torchvision:shufflenet_v2_x0_5")
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +42,16 @@ def tried(try_all: Callable[..., None], name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SAMPLE]
+)
 def test_every_step(steps: Any, name: str) -> None:
     found = tried(steps.try_all, name)
     assert {step: reported["error"] for step, reported in found.items() if "error" in reported} == {}
     assert tuple(found) == steps.STEPS
 
 
+@pytest.mark.slow
 def test_a_detector_backbone_is_cut_by_path(steps: Any) -> None:
     found = tried(steps.try_all, "detection:fasterrcnn_mobilenet_v3_large_320_fpn")
     assert {step: reported["error"] for step, reported in found.items() if "error" in reported} == {}
