@@ -21,7 +21,7 @@ from written import parser, write
 
 from torchtrim.bench.table import Table
 
-TRIALS = 9
+TRIALS = 7
 
 
 def main() -> int:
@@ -100,7 +100,15 @@ def work(folder: str, die_at: str, name: str) -> int:
         return same / 96
 
     result = tt.trim(
-        model, data, evaluate, data[0][:1], budget=tt.Budget(macs=0.6), trials=TRIALS, folder=folder, seed=3
+        model,
+        data,
+        evaluate,
+        data[0][:1],
+        budget=tt.Budget(macs=0.6),
+        trials=TRIALS,
+        folder=folder,
+        seed=3,
+        pruning=["magnitude", "magnitude:global", "isomorphic", "reconstruction"],
     )
     (Path(folder) / name).write_text(json.dumps(result.to_dict()))
     return 0
