@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,15 @@ from typing import Any
 from torch import nn
 
 from torchtrim.autopilot.plans import PRUNINGS
+from torchtrim.autopilot.scoring import LEAST
 from torchtrim.edits.budget import Budget
 from torchtrim.errors import InputError, nearest
+from torchtrim.export.targets import resolve
+from torchtrim.importance.rank_blocks import METRICS
 from torchtrim.importance.ranking import Ranking
 from torchtrim.search.evaluation import Evaluate
 from torchtrim.search.sensitivity import Sensitivity
+from torchtrim.train.finetune import finetune
 
 SCHEMES = ("float32", "dynamic", "static", "mixed", "weight_only", "fp16", "bf16")
 ORDERS = ("ranked", "search")
@@ -49,6 +54,22 @@ class Asked:
     threads: int | None
     seed: int
 
+    def command(self) -> str:
+        """The call that does the same again, with the options that can be written down."""
+        told = [f"budget=tt.Budget({self.budget})", f"target={self.target!r}"]
+        told += [f"quantize={list(self.schemes)!r}"] if self.schemes else []
+        told += [f"pruning={list(self.pruning)!r}", f"removal={self.removal}", f"heal={self.heal}"]
+        told += [f"order={self.order!r}"] if self.order else []
+        told += [f"metric={self.metric!r}", f"trials={self.trials}", f"rows={self.rows}", f"seed={self.seed}"]
+        told += [
+            f"{name}=..."
+            for name in ("evaluate", "val_data", "train_data", "recover")
+            if getattr(self, name) is not None
+        ]
+        told += [f"training={dict(self.training)!r}"] if self.training else []
+        told += [f"threads={self.threads}"] if self.threads else []
+        return f"tt.trim(model, data, {', '.join(told)})"
+
     @property
     def makes_files(self) -> bool:
         """Whether candidates become ONNX files."""
@@ -60,6 +81,22 @@ class Asked:
         Raises:
             InputError: It does not.
         """
+        resolve(self.target, None)
+        if self.rows < LEAST:
+            raise InputError("too few rows to calibrate on", path="rows", found=self.rows, expected=f"{LEAST} or more")
+        self._check_training()
+        if self.metric not in METRICS:
+            raise InputError(
+                "an unknown metric",
+                path="metric",
+                found=self.metric,
+                expected=", ".join(METRICS),
+                hint=nearest(str(self.metric), list(METRICS)),
+            )
+        if self.ranking is not None and not isinstance(self.ranking, Ranking):
+            raise InputError(
+                "not a ranking", path="ranking", found=type(self.ranking).__name__, hint="tt.rank_blocks(model, data)"
+            )
         for name, number in (("trials", self.trials), ("rows", self.rows), ("threads", self.threads)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
                 raise InputError(f"{name} is a positive whole number", path=name, found=number)
@@ -77,12 +114,6 @@ class Asked:
                 expected=", ".join(ORDERS),
                 hint=nearest(str(self.order), ORDERS),
             )
-        if self.train_data is not None and self.recover is not None:
-            raise InputError("train_data or recover, not both", path="recover")
-        if self.training is not None and self.train_data is None:
-            raise InputError(
-                "there is nothing to train on", path="training", found=dict(self.training), hint="train_data="
-            )
         if not self.removal and not self.pruning and not self.schemes:
             raise InputError(
                 "nothing may be done",
@@ -94,6 +125,30 @@ class Asked:
                 "evaluate is a function of a model", path="evaluate", found=type(self.evaluate).__name__,
                 hint="lambda net: accuracy(net, loader)",
             )  # fmt: skip
+
+    def _check_training(self) -> None:
+        if self.train_data is not None and self.recover is not None:
+            raise InputError("train_data or recover, not both", path="recover")
+        if self.recover is not None and not callable(self.recover):
+            raise InputError("recover is a function of a model", path="recover", found=type(self.recover).__name__)
+        if self.training is None:
+            return
+        if self.train_data is None:
+            raise InputError(
+                "there is nothing to train on", path="training", found=dict(self.training), hint="train_data="
+            )
+        known = [
+            name for name in inspect.signature(finetune).parameters if name not in ("model", "train_data", "val_data")
+        ]
+        for name in self.training:
+            if name not in known:
+                raise InputError(
+                    "an option that tt.finetune does not take",
+                    path=f"training[{name!r}]",
+                    found=self.training[name],
+                    expected=", ".join(known),
+                    hint=nearest(str(name), known),
+                )
 
 
 def schemes_of(given: str | Sequence[str] | None) -> tuple[str, ...]:

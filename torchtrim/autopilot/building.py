@@ -72,13 +72,22 @@ class Builder:
         self._scored: tuple[tuple[int, str], Any] | None = None
 
     def steps(
-        self, plan: TrimPlan, share: float | None = None, *, check: bool = False, shapes_only: bool = False
+        self,
+        plan: TrimPlan,
+        share: float | None = None,
+        *,
+        size: float | None = None,
+        heal: str | None = None,
+        check: bool = False,
+        shapes_only: bool = False,
     ) -> list[Step]:
         """The steps of a plan, the last one's model being the candidate.
 
         Args:
             plan: The plan.
             share: Prune to this share of the original's MACs at most, whatever the plan says.
+            size: Parameters and buffers of so many MB at most, where the limit is that of a file.
+            heal: How the joints of removed blocks are healed.
             check: Compare each edit with what it should compute (see `remove` and `prune_channels`).
             shapes_only: The shapes alone have to be right: no weights are solved anew, no statistics moved.
 
@@ -86,16 +95,18 @@ class Builder:
             TorchTrimError: It cannot be done.
         """
         with torch.no_grad(), kept_random_state():
-            return list(self._steps(plan, plan.share if share is None else share, check, shapes_only))
+            aim = self._target(plan.share if share is None else share, size)
+            return list(self._steps(plan, aim, heal, check, shapes_only))
 
-    def _steps(self, plan: TrimPlan, share: float | None, check: bool, shapes_only: bool) -> Iterator[Step]:
+    def _steps(
+        self, plan: TrimPlan, target: dict[str, float], heal: str | None, check: bool, shapes_only: bool
+    ) -> Iterator[Step]:
         started = time.perf_counter()
-        net = self._without(plan.remove, check)
+        net = self._without(plan.remove, check, heal)
         if plan.remove:
             gone = ", ".join(self.order[: plan.remove])
             yield Step("blocks removed", net, time.perf_counter() - started, gone)
         started = time.perf_counter()
-        target = self._target(share)
         changed = False
         if plan.pruning != "none" and not self.keeps(summary(net, self.inputs), target):
             net, note = self._pruned(net, plan, target, check, shapes_only)
@@ -113,15 +124,19 @@ class Builder:
         """Whether a model is within limits of `macs`, `params` and `size_mb`."""
         return all(cost_of(left)[name] <= limit for name, limit in limits.items())
 
-    def _target(self, share: float | None) -> dict[str, float]:
+    def _target(self, share: float | None, size: float | None) -> dict[str, float]:
         target = dict(self.limits)
+        if size is not None:
+            target["size_mb"] = size
         if share is not None:
-            target["macs"] = min(share * self.whole.macs, target.get("macs", float("inf")))
+            # A share that was reached is reached again, whatever the last bit of the product is.
+            target["macs"] = min(share * self.whole.macs + 0.5, target.get("macs", float("inf")))
         return target
 
-    def _without(self, count: int, check: bool) -> nn.Module:
-        if check and count:
-            return remove(self.model, self.inputs, list(self.order[:count])).eval()
+    def _without(self, count: int, check: bool, heal: str | None) -> nn.Module:
+        if (check or heal) and count:
+            data = self.data if heal else None
+            return remove(self.model, self.inputs, list(self.order[:count]), heal=heal, data=data, check=check).eval()
         if self._shorter[0] != count:
             net = remove(self.model, self.inputs, list(self.order[:count]), check=False) if count else self.model
             self._shorter = (count, net.eval())
@@ -150,7 +165,7 @@ class Builder:
 
     def _criterion(self, net: nn.Module, removed: int, importance: str) -> Callable[[ChannelGroup], Any]:
         """The scores of a criterion, worked out once for all budgets."""
-        if self._scored is None or self._scored[0] != (removed, importance):
+        if self._scored is None or self._scored[0] != (removed, importance):  # a healed joint hardly changes them
             groups = dependencies(net, follow(net, self.inputs))
             values = scores(net, groups, importance, data=self.data, inputs=self.inputs)
             self._scored = ((removed, importance), {group.name: values[group.units] for group in groups.groups})

@@ -50,8 +50,6 @@ class Files:
         target: As for `export_onnx`.
         max_drop: As for `export_onnx`.
         threads: Threads to time with; PyTorch's present number by default.
-        base_ms: What the original's file took, where that was measured before.
-        timed: Whether latencies are measured at all.
     """
 
     def __init__(
@@ -64,8 +62,6 @@ class Files:
         target: str,
         max_drop: float,
         threads: int | None = None,
-        base_ms: float | None = None,
-        timed: bool = True,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self._folder, self._original, self._inputs, self._data = folder, original, inputs, data
@@ -73,13 +69,23 @@ class Files:
         self.original = self.write(original, "float32", folder / "original.onnx", overwrite=True)
         # A target that cannot run here is timed where it can: on the CPU.
         self._providers = [self.original.provider]
-        self.base_ms = base_ms
-        if timed and base_ms is None:
-            # What disturbs a measurement makes it longer: the least of several medians is the nearest to the truth.
-            self.base_ms = min(
-                float(self._benchmark({"original": self.original.path}, _SECONDS / 2)["original"].median_ms)
-                for _ in range(_LOOKS)
-            )
+        self.base_ms: float | None = None  # what the original's file takes, where latencies are measured
+        self._weights: dict[str, float] = {}
+
+    def timed_original(self) -> float:
+        """The latency of the original's file, in milliseconds.
+
+        What disturbs a measurement makes it longer: the least of several medians is the nearest to the truth.
+        """
+        files = {"original": self.original.path}
+        return min(float(self._benchmark(files, _SECONDS / 2)["original"].median_ms) for _ in range(_LOOKS))
+
+    def weight(self, scheme: str) -> float:
+        """What the original's file weighs in a scheme, in MB."""
+        if scheme not in self._weights:
+            written = self.write(self._original, scheme, self._folder / "weighed.onnx", overwrite=True)
+            self._weights[scheme] = written.size_mb
+        return self._weights[scheme]
 
     def schemes(self) -> list[str]:
         """The schemes worth trying: float, and what `quantize="auto"` finds near enough and faster on the original."""
@@ -92,8 +98,6 @@ class Files:
                 )
                 if near and tried.ratio is not None and tried.ratio < _WORTH and tried.scheme not in found:
                     found.append(tried.scheme)
-        if report.quantize not in found and report.quantize != "float64":
-            found.append(report.quantize)
         return found[:3]
 
     def write(self, net: nn.Module, scheme: str, path: Path, *, overwrite: bool = False) -> ExportReport:
@@ -103,13 +107,12 @@ class Files:
             ExportError: It cannot be exported so.
             ExportMismatch: The file does not compute what the model does.
         """
-        quantize = None if scheme == "float32" else scheme
         return export_onnx(
             net,
             self._inputs,
             path,
             target=self._target,
-            quantize=quantize,
+            quantize=scheme,
             data=self._data if scheme in _NEEDS_DATA else None,
             max_drop=self._max_drop,
             benchmark=False,

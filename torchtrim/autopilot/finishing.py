@@ -16,6 +16,7 @@ from torchtrim.edits.heal_norms import Judge, distilled, norm_parameters
 from torchtrim.errors import InputError
 from torchtrim.graph.copying import full_copy, kept_random_state, structural_copy
 from torchtrim.graph.inputs import Inputs
+from torchtrim.search.measured import content_of, key_of
 from torchtrim.train.finetune import finetune
 from torchtrim.train.outcome import FineTuning
 
@@ -67,21 +68,15 @@ def trained(
     """Train a candidate, by default with the original as its teacher.
 
     Raises:
-        InputError: An option that `finetune` does not take; or as `finetune`.
+        TorchTrimError: As `finetune`.
     """
     started = time.perf_counter()
     better = full_copy(net)
     asked: dict[str, Any] = {"teacher": original, "example_inputs": inputs, **options}
     if folder is not None:
-        asked = {"folder": folder, "resume": True, **asked}
-    try:
-        done = finetune(better, train_data, val_data, **asked)
-    except TypeError as error:
-        if "unexpected keyword" not in str(error) or not options:
-            raise
-        raise InputError(
-            f"an option that tt.finetune does not take: {error}", path="training", found=list(options)
-        ) from error
+        # Another candidate, or other options, are another training, which does not go on with this one.
+        asked = {"folder": folder / key_of(content_of(net), dict(options)), "resume": True, **asked}
+    done = finetune(better, train_data, val_data, **asked)
     return Step("fine-tuned", better.eval(), time.perf_counter() - started, f"{len(done.epochs)} epochs"), done
 
 

@@ -47,9 +47,9 @@ def search_order(
             done += 1
             try:
                 net = remove(kept, inputs, [path], check=False)
+                error = judge.error(net.eval())
             except TorchTrimError:
                 continue  # what cannot go now may go later, when others are gone
-            error = judge.error(net.eval())
             if best is None or error < best[0]:
                 best = (error, path, net)
         if best is None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from torchtrim.autopilot.building import Step
 from torchtrim.autopilot.plans import TrimPlan
-from torchtrim.autopilot.result import Candidate
+from torchtrim.autopilot.result import NEAR, Candidate
 from torchtrim.bench.machine import machine
 from torchtrim.edits.history import history
 from torchtrim.export.report import ExportReport
@@ -63,9 +63,9 @@ def report_of(work: Trimming, shown: Reported) -> TrimReport:
         score=work.score_name,
         baseline=work.baseline,
         noise=work.noise,
-        command=f"tt.trim(model, data, budget=tt.Budget({asked.budget}), target={asked.target!r}, seed={asked.seed})",
+        command=asked.command(),
         machine=machine(),
-        limits=tuple(Limit(name, limit, found, found <= limit) for name, (limit, found) in shown.limits.items()),
+        limits=tuple(Limit(name, limit, found, found <= limit + NEAR) for name, (limit, found) in shown.limits.items()),
         stages=tuple(_stages(work, shown, before, after)),
         edits=tuple(_edits(work.original, shown.steps, inputs)),
         layers=tuple(_layers(before, after)),
@@ -100,9 +100,9 @@ def report_of(work: Trimming, shown: Reported) -> TrimReport:
 def _stages(work: Trimming, shown: Reported, before: Summary, after: Summary) -> list[Stage]:
     base_ms = None if work.files is None else work.files.base_ms
     stages = [Stage("original", work.baseline, before.macs, before.params, before.size_mb, base_ms, 0.0)]
-    if shown.steps[0].name == "untouched":
-        return stages
     for number, step in enumerate(shown.steps):
+        if step.name == "untouched":
+            continue
         left = summary(step.model, work.inputs)
         last = number == len(shown.steps) - 1 and shown.plan.scheme == "float32"
         score = shown.score if last else None

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torchtrim.train.outcome import FineTuning
 
 
+NEAR = 1e-9  # what floating-point numbers differ by is no excess
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A plan that was tried.
@@ -29,6 +32,7 @@ class Candidate:
             could not be made.
         score: Its score; None where its proxy was not good enough to be measured.
         share: The share of the MACs that it was pruned to, where a latency decided that.
+        size: The MB of parameters and buffers that it was pruned to, where a limit of its file's size decided that.
         macs: MACs left, at batch 1.
         params: Parameters left.
         size_mb: What it weighs, in MB: the file, where files are made, else parameters and buffers.
@@ -42,6 +46,7 @@ class Candidate:
     proxy: float | None
     score: float | None
     share: float | None
+    size: float | None
     macs: int
     params: int
     size_mb: float
@@ -61,7 +66,7 @@ class TrimResult:
     Attributes:
         model: The best model: it meets the limits with the least loss; where none does, it misses them by least.
         plan: The plan it came from.
-        score: Its score, at the end; of its file where one was made.
+        score: Its score, at the end; where its file computes in other numbers than the model, that of the file.
         baseline: The score of the untouched model.
         noise: How far that moved between two calls.
         score_name: What the score is.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from torchtrim.edits.heal_data import HELD_BACK
 from torchtrim.errors import InputError
 from torchtrim.graph.batches import answer_to, arguments_of
 from torchtrim.graph.inputs import Inputs
@@ -17,7 +18,7 @@ from torchtrim.importance.answers import answer_in, class_axis, says_classes
 from torchtrim.importance.gradients import target_of
 from torchtrim.search.evaluation import Evaluate
 
-_LEAST = 10  # rows to calibrate on
+LEAST = 13  # rows to calibrate on: a fifth of them is held back to judge by
 
 
 @dataclass(frozen=True)
@@ -51,31 +52,47 @@ def read_rows(data: Iterable[Any], model: nn.Module, example: Inputs, most: int,
         InputError: There are no batches, or too few rows.
     """
     read: list[Any] = []
-    count = 0
+    count, wanted = 0, most * (2 if split else 1)
     for batch in data:
         rows = arguments_of(batch, model, example).batch
         if not rows:
             raise InputError("a batch without rows", path=f"data[{len(read)}]")
-        read.append(batch)
-        count += rows
-        if count >= most * (2 if split else 1):
+        read.append(batch if rows <= wanted - count else _taken(batch, list(range(wanted - count)), rows))
+        count += min(rows, wanted - count)
+        if count >= wanted:
             break
-    if count < _LEAST:
+    if count < LEAST:
         found = "no batches" if not read else f"{count} rows"
-        raise InputError("too little data", path="data", found=found, expected=f"{_LEAST} rows or more")
+        raise InputError("too little data", path="data", found=found, expected=f"{LEAST} rows or more")
     if not split:
         return Rows(read, [], count)
-    if count < 2 * _LEAST:
+    if count < 2 * LEAST:
         return Rows(read, read, count, (f"{count} rows are scored on, and calibrated on too: a rosy score",))
-    sizes = [arguments_of(batch, model, example).batch for batch in read]
-    starts = [sum(sizes[:number]) for number in range(len(sizes))]
-    parts: tuple[list[Any], list[Any]] = ([], [])
-    for batch, size, start in zip(read, sizes, starts, strict=True):
-        for half in (0, 1):  # the first row is scored on, the next one calibrated on, and so on through all batches
-            taken = [row for row in range(size) if (start + row) % 2 == half]
-            if taken:
-                parts[half].append(_taken(batch, taken, size))
-    return Rows(parts[1], parts[0], count)
+    # At random, for data may go through its classes in turn.
+    scored = set(torch.randperm(count, generator=torch.Generator().manual_seed(0))[: count // 2].tolist())
+    return Rows(
+        _chosen(read, model, example, lambda row: row not in scored),
+        _chosen(read, model, example, lambda row: row in scored),
+        count,
+    )
+
+
+def without_held_back(data: list[Any], model: nn.Module, example: Inputs) -> list[Any]:
+    """The rows that candidates may be fitted to: all but those that `Calibration` holds back for the judge."""
+    return _chosen(data, model, example, lambda row: row % HELD_BACK != HELD_BACK - 1)
+
+
+def _chosen(data: list[Any], model: nn.Module, example: Inputs, wanted: Callable[[int], bool]) -> list[Any]:
+    """The rows of batches that are wanted, by their number."""
+    chosen: list[Any] = []
+    start = 0
+    for batch in data:
+        size = arguments_of(batch, model, example).batch
+        rows = [row for row in range(size) if wanted(start + row)]
+        start += size
+        if rows:
+            chosen.append(_taken(batch, rows, size))
+    return chosen
 
 
 def _taken(batch: Any, rows: list[int], size: int) -> Any:
@@ -85,78 +102,86 @@ def _taken(batch: Any, rows: list[int], size: int) -> Any:
     return pytree.tree_map_only(torch.Tensor, take, batch)
 
 
-def score_on(batches: Sequence[Any], model: nn.Module, example: Inputs) -> tuple[Evaluate, str]:
+def score_on(batches: Iterable[Any], model: nn.Module, example: Inputs) -> tuple[Evaluate, str]:
     """A score for models: accuracy where the batches have labels that fit, else agreement with the model as it is.
 
     Agreement is the share of answers with the same best class; for outputs that are no classes, one minus the mean
-    squared difference relative to the variance of the model's own answers.
+    squared difference relative to the variance of the model's own answers. Memory: without labels, the model's answers
+    (of classes, the best ones).
 
     Args:
-        batches: The batches; at least one.
+        batches: The batches, which can be gone through again and again.
         model: The untouched model. It is run once over the batches where there are no labels.
         example: Example inputs of it.
 
     Returns:
         The function, and what its score is called.
+
+    Raises:
+        InputError: There are no batches.
     """
     device = next((held.device for held in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
-    def given(number: int) -> Inputs:
-        return arguments_of(batches[number], model, example).map(lambda tensor: tensor.to(device))
+    def given(batch: Any) -> Inputs:
+        return arguments_of(batch, model, example).map(lambda tensor: tensor.to(device))
 
-    def answer(net: nn.Module, number: int) -> tuple[Any, torch.Tensor]:
-        output = answer_to(given(number), net, number)
-        return output, answer_in(output, number)
+    def answers(net: nn.Module) -> Iterator[tuple[Any, Any, torch.Tensor]]:
+        for number, batch in enumerate(batches):
+            output = answer_to(given(batch), net, number)
+            yield batch, output, answer_in(output, number)
 
     with torch.no_grad():
-        output, first = answer(model.eval(), 0)
-    if _labelled(batches, given, first):
+        first = next(answers(model.eval()), None)
+    if first is None:
+        raise InputError("there is no data to score on", path="val_data", found="no batches")
+    batch, output, answer = first
+    if _is_labelled(target_of(batch, given(batch)), answer):
 
         def accuracy(net: nn.Module) -> float:
             right = count = 0
-            for number, batch in enumerate(batches):
-                told = answer(net, number)[1]
-                target = target_of(batch, given(number)).to(told.device)
-                right += int((told.argmax(class_axis(told)) == target).sum())
+            for number, (batch, _, told) in enumerate(answers(net)):
+                target = target_of(batch, given(batch))
+                if not _is_labelled(target, told):
+                    raise InputError("a batch without labels that fit", path=f"data[{number}]")
+                right += int((told.argmax(class_axis(told)) == target.to(told.device)).sum())
                 count += target.numel()
             return right / max(count, 1)
 
         return accuracy, "accuracy"
-    classes = says_classes(output, first)
+    classes = says_classes(output, answer)
+
+    def kept(told: torch.Tensor) -> torch.Tensor:
+        return told.argmax(class_axis(told)) if classes else told.detach().clone()
+
     with torch.no_grad():
-        whole = [answer(model, number)[1].detach().clone() for number in range(len(batches))]
-    spread = torch.cat([each.double().flatten() for each in whole]).var().clamp_min(1e-12)
+        whole = [kept(told) for _, _, told in answers(model)]
+    spread = 1.0 if classes else float(torch.cat([each.double().flatten() for each in whole]).var().clamp_min(1e-12))
 
     def agreement(net: nn.Module) -> float:
         total = count = 0.0
-        for number, right in enumerate(whole):
-            told = answer(net, number)[1]
-            if told.shape != right.shape:
-                raise InputError("another shape than the untouched model's", found=told.shape, expected=right.shape)
+        for (_, _, told), right in zip(answers(net), whole, strict=True):
+            found = kept(told)
+            if found.shape != right.shape:
+                raise InputError("another shape than the untouched model's", found=found.shape, expected=right.shape)
+            count += right.numel()
             if classes:
-                axis = class_axis(right)
-                same = told.argmax(axis) == right.argmax(axis)
-                total, count = total + float(same.sum()), count + same.numel()
+                total += float((found == right).sum())
             else:
-                total += right.numel() - float((told.double() - right.double()).square().sum() / spread)
-                count += right.numel()
+                total += right.numel() - float((found.double() - right.double()).square().sum()) / spread
         return total / max(count, 1.0)
 
     return agreement, "agreement with the untouched model"
 
 
-def _labelled(batches: Sequence[Any], given: Any, answer: torch.Tensor) -> bool:
-    """Whether the batches hold numbers of classes, one for each answer."""
+def _is_labelled(target: Any, answer: torch.Tensor) -> bool:
+    """Whether the targets are numbers of classes, one for each answer."""
     axis = class_axis(answer)
     if answer.dim() < 2 or answer.shape[axis] < 2:
         return False
-    shape = answer.argmax(axis).shape[1:]
-    targets = [target_of(batch, given(number)) for number, batch in enumerate(batches)]
-    return all(
+    return (
         isinstance(target, torch.Tensor)
         and not target.is_floating_point()
         and target.dim() > 0
-        and target.shape[1:] == shape
+        and target.shape[1:] == answer.argmax(axis).shape[1:]
         and bool(((target >= 0) & (target < answer.shape[axis])).all())
-        for target in targets
     )

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,9 @@ from torchtrim.errors import InputError, MissingDependency
 if TYPE_CHECKING:
     import optuna
 
-_STALE = 3600.0  # seconds: a trial that another machine began longer ago is taken for dead
+_STALE = 6 * 3600.0  # seconds: a trial that another machine began longer ago is taken for dead
+_SILENT = 20.0  # seconds: one that says nothing of itself for so long was killed as it began
+_OWNERS: set[str] = set()  # the studies of this process
 _ASKS = 12  # times the sampler is asked again where it suggests what was tried
 _WAIT = 0.05
 _ATTEMPTS = 3  # to open a database
@@ -49,19 +51,19 @@ class TrimStudy:
     ) -> None:
         self._optuna = _imported()
         self._seed, self._startup = seed, startup
+        self._silent: dict[int, float] = {}
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
         with _quiet(self._optuna):
             self._study = self._opened(storage, name)
-        known = self._study.user_attrs.get("about")
-        if known is None:
-            self._study.set_user_attr("about", about)
-        elif known != about:
+        _OWNERS.add(self._owner)
+        known = self.settled("about", lambda: about)
+        if known != about:
             raise InputError(
                 "the study is of another model, budget, data or choice of plans",
                 path=storage,
                 found=f"{name}, {known}",
                 expected=about,
-                hint="another study=, or another storage=",
+                hint="another folder=, storage= or study=; or the same data in the same order, not shuffled",
             )
 
     @property
@@ -69,13 +71,47 @@ class TrimStudy:
         """Its name in the storage."""
         return str(self._study.study_name)
 
-    def kept(self, key: str) -> Any:
-        """What was kept with the study under a name; None where nothing was."""
-        return self._study.user_attrs.get(key)
+    def settled(self, key: str, find: Callable[[], Any]) -> Any:
+        """Plain data that is the same in all processes: the first one that asks finds it, the others wait for that."""
+        if key not in self._study.user_attrs:
+            with self.turn(key):
+                if key not in self._study.user_attrs:
+                    self._study.set_user_attr(key, find())
+        return self._study.user_attrs[key]
 
-    def keep(self, key: str, value: Any) -> None:
-        """Keep plain data with the study."""
-        self._study.set_user_attr(key, value)
+    @contextmanager
+    def turn(self, key: str) -> Iterator[None]:
+        """One process after the other: a trial of its own stands for each that waits, and the lowest number is next."""
+        with _quiet(self._optuna):
+            trial = self._study.ask()
+            trial.set_user_attr("owner", self._owner)
+            trial.set_user_attr("began", time.time())
+            trial.set_user_attr("setup", key)
+            while any(self._is_before(other, key) for other in self._trials()[: trial.number]):
+                time.sleep(_WAIT)
+        try:
+            yield
+        finally:
+            self.forget(trial)
+
+    def wait(self) -> None:
+        """Wait for the trials that other processes are at."""
+        while self.running():
+            time.sleep(_WAIT)
+
+    def running(self) -> int:
+        """How many trials are being made now."""
+        return sum(
+            trial.state.name == "RUNNING" and "setup" not in trial.user_attrs and not self._is_dead(trial)
+            for trial in self._trials()
+        )
+
+    def _is_before(self, other: optuna.trial.FrozenTrial, key: str) -> bool:
+        if other.state.name != "RUNNING" or "plan" in other.user_attrs or self._is_dead(other):
+            return False
+        return bool(
+            other.user_attrs.get("setup", key) == key
+        )  # one that has not said yet what it is may be another's turn
 
     def done(self) -> list[optuna.trial.FrozenTrial]:
         """The trials that came to an end, in their order."""
@@ -104,7 +140,7 @@ class TrimStudy:
     ) -> None:
         """A trial was measured; the excess is by how much it is over each limit, below zero where it is within."""
         with _quiet(self._optuna):
-            for name, over in excess.items():
+            for name, over in excess.items() if self._trials()[trial.number].state.name == "RUNNING" else ():
                 trial.set_constraint(name, over)
         self._end(trial, attributes, self._optuna.trial.TrialState.COMPLETE, value)
 
@@ -119,7 +155,8 @@ class TrimStudy:
     def forget(self, trial: optuna.trial.Trial) -> None:
         """A trial was interrupted: its plan is free again."""
         with _quiet(self._optuna):
-            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+            if self._trials()[trial.number].state.name == "RUNNING":
+                self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
 
     def worth_it(self, trial: optuna.trial.Trial, proxy: float) -> bool:
         """Whether a proxy is good enough, beside those of the trials that were measured, to be measured as well."""
@@ -129,6 +166,8 @@ class TrimStudy:
 
     def _end(self, trial: optuna.trial.Trial, attributes: dict[str, Any], state: Any, value: float | None) -> None:
         with _quiet(self._optuna):
+            if self._trials()[trial.number].state.name != "RUNNING":
+                return  # it was taken for dead, and its plan is another's now
             for name, held in attributes.items():
                 trial.set_user_attr(name, held)
             self._study.tell(trial, value, state=state)
@@ -137,6 +176,7 @@ class TrimStudy:
         """A trial whose plan is nobody else's; the one with the lower number has it."""
         trial = self._study.ask()
         trial.set_user_attr("owner", self._owner)
+        trial.set_user_attr("began", time.time())
         plan = space.suggested(trial)
         trial.set_user_attr("plan", plan.to_dict())
         for other in self._trials():
@@ -152,7 +192,7 @@ class TrimStudy:
             state = self._optuna.trial.TrialState
             if other.state == state.FAIL and "why" not in other.user_attrs:
                 return None
-            if other.state == state.WAITING:
+            if other.state == state.WAITING or "setup" in other.user_attrs:
                 return None
             if "plan" in other.user_attrs:
                 return other.user_attrs["plan"]
@@ -174,12 +214,14 @@ class TrimStudy:
                 self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
 
     def _is_dead(self, trial: optuna.trial.FrozenTrial) -> bool:
-        owner = trial.user_attrs.get("owner")
-        age = time.time() - trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-        if owner is None:
-            return age > 60  # it ended between its first two words
-        if owner == self._owner:
+        owner, began = trial.user_attrs.get("owner"), trial.user_attrs.get("began")
+        if owner is None or began is None:
+            # It ended between its first words; a database's own times have no zone, so this process looks for itself.
+            since = self._silent.setdefault(trial.number, time.time())
+            return time.time() - since > _SILENT
+        if owner in _OWNERS:
             return False
+        age = time.time() - float(began)
         host, pid, _ = str(owner).rsplit(":", 2)
         if host != socket.gethostname():
             return age > _STALE

@@ -56,12 +56,13 @@ def trim(
     until the budget is met, and in which numbers the file computes. A study of optuna goes through the plans: each is
     made, its statistics of batch norms are moved, and its outputs are compared with the original's on rows held back;
     where that error is good enough beside the others it is scored, and where a latency or a file is asked for, exported
-    and measured. The best is made once more with all checks, its norm layers are distilled towards the original's
-    outputs where that helps, it is trained where that is asked for, and measured at the end.
+    and measured. The best is made once more with all checks (the next best, where one of them fails), healed, trained
+    where that is asked for, and measured at the end.
 
     With a `folder` the study lies there, in a file: a search that was killed goes on when the same call is made again,
-    to the same plans, and processes that make the same call at the same time share it; no plan is tried twice. It also
-    gets `net.trim`, the model's file where one is made, and the report.
+    to the same plans, and processes that make the same call at the same time share it; no plan is tried twice. The same
+    call has the same data in the same order, too: not shuffled. The folder also gets `net.trim`, the model's file where
+    one is made, and the report.
 
     Time: a plan costs about as much as one pruning (with `"reconstruction"` a minute and more on a CPU for an
     EfficientNet), an error on a fifth of the rows and sometimes a score; with a latency some exports and measurements,
@@ -77,18 +78,21 @@ def trim(
             where there are labels, else agreement with the untouched model.
         example_inputs: As for `cut`; the first batch where they are left out and the history does not know them. A
             latency is measured at their batch size (at 1, where the first batch is taken).
-        budget: The limits. Up to 1, `macs` and `params` are shares of the original's. `max_drop` by itself asks for
-            the smallest model (the fastest, with `quantize`) that loses no more.
+        budget: The limits. Up to 1, `macs` and `params` are shares of the original's. `size_mb` is that of the file
+            where one is made. `max_drop` by itself asks for the smallest model (the fastest, with `quantize`) that
+            loses no more.
         target: Where the file will run, as for `export_onnx`.
         quantize: The schemes to choose from: one or several of `export_onnx`'s; `"auto"`: those that are near enough
-            and faster on the original here. None: float32. Files are made where this or a latency is given.
+            and faster on the original here. None: float32. Files are made where this or a latency is given. Where
+            neither time nor size is limited, the scheme with the best score is kept, which mostly is float32.
         removal: Whether blocks may be taken out.
         pruning: The ways to prune channels to choose from: `"magnitude"` (the same fraction of each layer),
             `"magnitude:global"`, `"magnitude:reconstruct"` (what reads pruned channels is solved anew), `"isomorphic"`,
             `"activation"`, `"reconstruction"` (all layers ranked together by what the outputs lose, and solved anew:
             the best and the slowest without training), and with labels `"taylor"`. Left out: `"magnitude"` and
             `"reconstruction"`; empty: no channels are pruned.
-        heal: Whether statistics of batch norms are moved, and norm layers distilled.
+        heal: Whether statistics of batch norms are moved, and in the end the joints of removed blocks are fitted
+            (`remove(heal="linear")`) and norm layers are distilled, each where it helps on rows held back.
         order: `"ranked"`: blocks go in the order of `metric`. `"search"`: each is tried, the one that is missed least
             goes, and so on. Left out: `"search"` for at most 16 blocks.
         metric: What they are ranked by, see `rank_blocks`.
@@ -99,7 +103,8 @@ def trim(
         training: Options of `tt.finetune`: `{"epochs": 10, "lr": 1e-3}`.
         recover: In place of a training: a function that trains a model, in place or giving another back.
         trials: How many plans to try, with those that the study holds already.
-        seconds: Begin no more plans after this time.
+        seconds: Begin no more plans so long after the search over plans began (which is after ranking, and choosing
+            schemes).
         rows: How many rows to calibrate on at most, and as many again to score on.
         folder: Where to put the study, the model, the file and the report; made where it is missing.
         storage: Where the study lies instead: a file, or the URL of a database (`sqlite:///trim.db`).

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,20 +14,22 @@ import torch
 from torch import nn
 
 from torchtrim.autopilot.asked import Asked
-from torchtrim.autopilot.building import Builder, Step, cost_of
+from torchtrim.autopilot.best import best_made
+from torchtrim.autopilot.building import Builder, cost_of
 from torchtrim.autopilot.files import FileOf, Files
-from torchtrim.autopilot.finishing import norms_distilled, recovered, trained
-from torchtrim.autopilot.plans import PlanSpace, TrimPlan
+from torchtrim.autopilot.plans import PlanSpace
 from torchtrim.autopilot.removal_order import search_order, searched
 from torchtrim.autopilot.reporting import Reported, report_of
-from torchtrim.autopilot.result import Candidate, TrimResult, front_of
-from torchtrim.autopilot.scoring import read_rows, score_on
-from torchtrim.autopilot.search import Search, best_of, candidates_of
+from torchtrim.autopilot.result import NEAR, TrimResult, front_of
+from torchtrim.autopilot.scoring import read_rows, score_on, without_held_back
+from torchtrim.autopilot.search import Search, TrimStopped, candidates_of, stopped_by
 from torchtrim.autopilot.study import TrimStudy
+from torchtrim.bench.machine import machine
 from torchtrim.checkpoint.save import save
 from torchtrim.edits.heal_data import Calibration
 from torchtrim.edits.heal_norms import Judge
-from torchtrim.errors import EditError, InputError, TorchTrimError
+from torchtrim.errors import CheckpointError, EditError, InputError, TorchTrimError
+from torchtrim.export.file_model import FileModel
 from torchtrim.graph.copying import full_copy, kept_modes, kept_random_state, structural_copy
 from torchtrim.graph.inputs import ExampleInputs, Inputs
 from torchtrim.graph.progress import progress
@@ -37,7 +40,6 @@ from torchtrim.importance.rank_blocks import rank_blocks
 from torchtrim.importance.ranking import Ranking
 from torchtrim.search.evaluation import Evaluate, baseline_of, evaluated
 from torchtrim.search.measured import content_of, content_of_batch, key_of
-from torchtrim.train.outcome import FineTuning
 
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3)
 _MOST_REMOVALS = 12  # numbers of blocks to choose from
@@ -79,13 +81,11 @@ class Trimming:
             data, self.original, self.inputs, asked.rows, split=asked.evaluate is None and asked.val_data is None
         )
         self.data, self.rows, self.notes = read.calibration, read.count, [*read.notes]
+        self.val_data = _again(asked.val_data)
         self.score, self.score_name = self._score(asked.evaluate, read.scored)
         self.study = TrimStudy(self._storage(), asked.study, self._about(), seed=asked.seed)
-        held = self.study.kept("baseline")
-        if held is None:
-            times = 2 if asked.evaluate is not None else 1  # our own scores do not move by themselves
-            held = list(baseline_of(self.score, self.original, times=times))
-            self.study.keep("baseline", held)
+        times = 2 if asked.evaluate is not None else 1  # our own scores do not move by themselves
+        held = self.study.settled("baseline", lambda: list(baseline_of(self.score, self.original, times=times)))
         self.baseline, self.noise = float(held[0]), float(held[1])
         calibration = Calibration.of(self.data, self.original, self.inputs, what="the search")
         self.judge = Judge(structural_copy(self.original, own_buffers=True, user_hooks=False).eval(), calibration)
@@ -103,42 +103,40 @@ class Trimming:
         """Search, make the best once more, and measure it."""
         asked, budget = self.asked, self.asked.budget
         space, ranking = self._space()
-        builder = Builder(self.original, self.inputs, space.order, budget, self.data, repair=asked.heal)
-        chosen = None
-        if self._is_met(builder):
-            self.notes.append("the model is within the budget as it is: nothing was done")
-        else:
-            search = Search(self, builder, space)
-            search.run(asked.trials, asked.seconds)
-            chosen = self._chosen(candidates_of(self.study))
-        plan = TrimPlan(0, "none", None, "float32") if chosen is None else chosen.plan
-        steps, training = self._finished(builder, plan, None if chosen is None else chosen.share)
-        net = steps[-1].model
-        file = self._file(net, plan.scheme)
+        fitted_to = without_held_back(self.data, self.original, self.inputs)
+        builder = Builder(self.original, self.inputs, space.order, budget, fitted_to, repair=asked.heal)
+        with self._stopping():
+            if self._is_met(builder):
+                trained = asked.train_data is not None or asked.recover is not None
+                self.notes.append("the model is within the budget as it is" + ("" if trained else ": nothing was done"))
+            else:
+                Search(self, builder, space).run(asked.trials, asked.seconds)
+            with self.study.turn("finish"):  # processes that share a folder write to it one after the other
+                return self._finished(builder, ranking)
+
+    def _finished(self, builder: Builder, ranking: Ranking | None) -> TrimResult:
+        asked, budget = self.asked, self.asked.budget
+        tried = candidates_of(self.study)
+        best = best_made(self, builder, tried)
+        net, file, plan = best.steps[-1].model, best.file, best.plan
         score = self.scored(net, file)
-        left = summary(net, self.inputs)
-        found: dict[str, float] = {**cost_of(left), "max_drop": self.baseline - score}
+        found: dict[str, float] = {**cost_of(summary(net, self.inputs)), "max_drop": self.baseline - score}
         if file is not None:
             found["size_mb"] = file.report.size_mb
             if file.ms is not None:
                 found["latency_ms"] = file.ms
         wanted = {**budget.to_dict(), **builder.limits}
         limits = {name: (float(wanted[name]), float(found[name])) for name in budget.to_dict()}
-        tried = candidates_of(self.study)
         front = front_of(tried, self.cost)
-        if self.noise and plan.remove + len(plan.pruning):
+        if self.noise:
             self.notes.append(f"the score moves by {self.noise:.3g} by itself: smaller differences say nothing")
-        export = file.report if file is not None and asked.folder is not None else None
-        path = None
         self._give_back(net)
-        if asked.folder is not None:
-            path = self.folder / "net.trim"
-            save(net, path)
-        seconds = time.perf_counter() - self._began
         shown = Reported(
-            steps=steps, plan=plan, limits=limits, found=found, score=score, candidates=tried, front=front,
-            ranking=ranking, export=export, seconds=seconds,
+            steps=best.steps, plan=plan, limits=limits, found=found, score=score, candidates=tried, front=front,
+            ranking=ranking, export=file.report if file is not None and asked.folder is not None else None,
+            seconds=time.perf_counter() - self._began,
         )  # fmt: skip
+        path = self._saved(net)
         result = TrimResult(
             model=net,
             plan=plan,
@@ -146,30 +144,59 @@ class Trimming:
             baseline=self.baseline,
             noise=self.noise,
             score_name=self.score_name,
-            met={name: pair for name, pair in limits.items() if pair[1] <= pair[0]},
-            missed={name: pair for name, pair in limits.items() if not pair[1] <= pair[0]},
+            met={name: pair for name, pair in limits.items() if pair[1] <= pair[0] + NEAR},
+            missed={name: pair for name, pair in limits.items() if not pair[1] <= pair[0] + NEAR},
             pareto=front,
             candidates=tuple(tried),
             cost=self.cost,
-            training=training,
-            export=export,
+            training=best.training,
+            export=shown.export,
             path=path,
             report=report_of(self, shown),
-            seconds=seconds,
+            seconds=shown.seconds,
             notes=tuple(self.notes),
         )
         if asked.folder is not None:
             result.report.write(asked.folder)
         return result
 
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """An evaluate function that fails late has its candidates with it, too."""
+        try:
+            yield
+        except TrimStopped:
+            raise
+        except InputError as error:
+            if error.path != "evaluate":
+                raise
+            raise stopped_by(error, self.study) from error
+
+    def _saved(self, net: nn.Module) -> Path | None:
+        """The checkpoint in the folder; a model that cannot be saved is given back all the same."""
+        if self.asked.folder is None:
+            return None
+        path = self.folder / "net.trim"
+        try:
+            save(net, path)
+        except CheckpointError as error:
+            self.notes.append(f"net.trim was not written: {error.message}")
+            return None
+        return path
+
     # What there is to choose from.
 
     def _space(self) -> tuple[PlanSpace, Ranking | None]:
+        held = self.study.settled("space", self._settled_space)
+        self.notes += held["notes"]
+        ranking = None if held["ranking"] is None else Ranking.from_dict(held["ranking"])
+        return PlanSpace.from_dict(held["space"]), ranking
+
+    def _settled_space(self) -> dict[str, Any]:
+        """The plans, as plain data: the same for all processes, and when the search goes on."""
         asked, budget = self.asked, self.asked.budget
-        ranking = asked.ranking
-        held = self.study.kept("space")
-        if held is not None:
-            return PlanSpace.from_dict(held), ranking
+        said = len(self.notes)
+        ranking: Ranking | None = None
         order: list[str] = []
         macs: dict[str, int] = {}
         params: dict[str, int] = {}
@@ -186,8 +213,8 @@ class Trimming:
         )
         if all(not plan.remove and plan.pruning == "none" and plan.scheme == "float32" for plan in space):
             raise EditError("there is no plan to try", found="no block to remove, no channels to prune")
-        self.study.keep("space", space.to_dict())
-        return space, ranking
+        notes, self.notes = self.notes[said:], self.notes[:said]
+        return {"space": space.to_dict(), "ranking": None if ranking is None else ranking.to_dict(), "notes": notes}
 
     def _order(self) -> tuple[list[str], dict[str, int], dict[str, int], Ranking | None]:
         """The blocks in the order in which they go, what each costs, and the ranking where there is one."""
@@ -260,11 +287,9 @@ class Trimming:
             target=self.asked.target,
             max_drop=0.01 if drop is None else min(max(drop, 0.001), 0.5),
             threads=self.asked.threads,
-            base_ms=self.study.kept("base_ms"),
-            timed=self.timed,
         )
-        if files.base_ms is not None:
-            self.study.keep("base_ms", files.base_ms)
+        if self.timed:
+            files.base_ms = float(self.study.settled("base_ms", files.timed_original))
         return files
 
     # The best.
@@ -274,67 +299,22 @@ class Trimming:
         budget = self.asked.budget
         if not budget.computed and budget.latency_ms is None:
             return False
+        if self.asked.schemes and not {"float32", "auto"} & {*self.asked.schemes}:
+            return False  # another file is asked for, at least
         if not builder.keeps(builder.whole, builder.limits):
             return False
         return budget.latency_ms is None or (
             self.files is not None and self.files.base_ms is not None and self.files.base_ms <= budget.latency_ms
         )
 
-    def _chosen(self, candidates: list[Candidate]) -> Candidate | None:
-        """The candidate to keep; None for the model as it is, where every plan is past the only limit, a drop."""
-        budget = self.asked.budget
-        only_drop = not budget.computed and budget.latency_ms is None
-        best = best_of(candidates, self.cost, self.noise, smallest=only_drop)
-        if best is None:
-            whys = list(dict.fromkeys(each.why for each in candidates if each.why))
-            raise EditError(
-                "no plan could be made and scored",
-                found="; ".join(whys[:3]) or f"{len(candidates)} plans",
-                hint="more trials, another pruning=, or removal=False",
-            )
-        if only_drop and best.excess:
-            self.notes.append("every plan loses more than is allowed: the model is given back as it was")
-            return None
-        return best
-
-    def _finished(self, builder: Builder, plan: TrimPlan, share: float | None) -> tuple[list[Step], FineTuning | None]:
-        """The best once more with all checks, healed, and trained where that is asked for."""
-        asked = self.asked
-        self.say(f"with all checks: {plan}", 0.9)
-        steps = builder.steps(plan, share, check=True)
-        touched = steps[-1].name != "untouched"
-        if touched and asked.heal:
-            step = norms_distilled(steps[-1].model, self.original, self.inputs, self.data, self.say)
-            if step is not None and not self.scored(step.model) < self.scored(steps[-1].model) - self.noise:
-                steps.append(step)
-        training = None
-        if asked.train_data is not None:
-            folder = None if asked.folder is None else self.folder / "training"
-            step, training = trained(
-                steps[-1].model,
-                self.original,
-                self.inputs,
-                asked.train_data,
-                asked.val_data,
-                asked.training or {},
-                folder,
-            )
-            steps.append(step)
-        if asked.recover is not None:
-            steps.append(recovered(asked.recover, steps[-1].model))
-        return steps, training
-
-    def _file(self, net: nn.Module, scheme: str) -> FileOf | None:
-        if self.files is None:
-            return None
-        self.say("the file of the best", 0.97)
-        return self.files.of(net, scheme, self.folder / "model.onnx", timed=self.timed)
-
     def scored(self, net: nn.Module, file: FileOf | None = None) -> float:
         """The score of a model, or of its file where that computes in other numbers."""
         if file is not None and self.files is not None and file.report.quantize != "float32":
             net = self.files.as_model(file)
-        return evaluated(self.score, net, "the result")
+        score = evaluated(self.score, net, "the result")
+        if math.isnan(score):
+            raise InputError("evaluate gives NaN for the result", path="evaluate", found="nan", expected="a number")
+        return score
 
     def _give_back(self, net: nn.Module) -> None:
         """The modes and gradients of the user's model, for what is left of it."""
@@ -346,12 +326,14 @@ class Trimming:
             module.training = modes.get(path, self._user.training)
 
     def _score(self, evaluate: Evaluate | None, scored: list[Any]) -> tuple[Evaluate, str]:
-        if evaluate is not None:
-            return evaluate, "score"
-        scored = scored if self.asked.val_data is None else [*self.asked.val_data]
-        if not scored:
-            raise InputError("there is no data to score on", path="val_data", found="no batches")
-        return score_on(scored, self.original, self.inputs)
+        if evaluate is None:
+            return score_on(scored if self.val_data is None else self.val_data, self.original, self.inputs)
+
+        def on_a_copy(net: nn.Module) -> float:
+            # It may move its model or change its type; what is searched with has to stay as it is.
+            return evaluate(net if isinstance(net, FileModel) else full_copy(net))
+
+        return on_a_copy, "score"
 
     def _storage(self) -> Any:
         if self.asked.storage is not None:
@@ -363,7 +345,9 @@ class Trimming:
         return key_of(
             content_of(self.original), str(asked.budget), asked.target, asked.schemes, asked.removal, asked.pruning,
             asked.heal, asked.order, asked.metric, None if asked.ranking is None else asked.ranking.order,
-            [content_of_batch(batch) for batch in self.data], self.score_name, asked.seed,
+            [content_of_batch(batch) for batch in self.data], self.score_name, asked.seed, self.inputs.describe(),
+            None if self.val_data is None else content_of_batch(next(iter(self.val_data), None)),
+            [machine().processor, asked.threads or torch.get_num_threads()] if self.timed else None,
         )  # fmt: skip
 
 
@@ -375,6 +359,11 @@ def _example(
         inputs = inputs.with_batch(1)
     device = next((held.device for held in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     return inputs.map(lambda tensor: tensor.to(device)), data
+
+
+def _again(data: Iterable[Any] | None) -> Iterable[Any] | None:
+    """Batches that can be gone through again and again."""
+    return data if data is None or iter(data) is not data else list(data)
 
 
 def _made(folder: Path | None) -> Path | None:

@@ -15,7 +15,7 @@ from torchtrim.graph.copying import kept_random_state, structural_copy
 from torchtrim.graph.inputs import Inputs
 
 _ROWS = 16  # in one piece: bounds the memory of a step, whatever the size of a batch
-_HELD_BACK = 5  # one row of so many
+HELD_BACK = 5  # one row of so many
 _MOST_HELD = 512  # rows to judge by; more would cost time and memory, and tell little
 _LEAST = 10
 
@@ -86,7 +86,7 @@ class Calibration:
 
     def to_fit(self, rows: int = _ROWS) -> Iterator[Inputs]:
         """What is fitted on, in pieces of at most so many rows."""
-        yield from self._pieces(lambda row: row % _HELD_BACK != _HELD_BACK - 1, rows=rows)
+        yield from self._pieces(lambda row: row % HELD_BACK != HELD_BACK - 1, rows=rows)
 
     def all(self, rows: int = _ROWS) -> Iterator[Inputs]:
         """Everything, likewise."""
@@ -94,7 +94,7 @@ class Calibration:
 
     def held_back(self) -> Iterator[Inputs]:
         """What is judged by, likewise: one row in five, up to some hundreds."""
-        yield from self._pieces(lambda row: row % _HELD_BACK == _HELD_BACK - 1, _MOST_HELD)
+        yield from self._pieces(lambda row: row % HELD_BACK == HELD_BACK - 1, _MOST_HELD)
 
     def _pieces(self, wanted: Callable[[int], bool], most: int | None = None, *, rows: int = _ROWS) -> Iterator[Inputs]:
         start = found = 0

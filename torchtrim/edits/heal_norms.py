@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torchtrim.edits.heal_data import Calibration
+from torchtrim.edits.layer_numbers import without_caches
 from torchtrim.errors import EditError, InputError
 from torchtrim.graph.check import flatten
 from torchtrim.graph.inputs import Inputs
@@ -23,7 +24,7 @@ _LOOKS = 6  # how often the distillation is judged
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
     """The tensors of real numbers in what a model returns, by name."""
-    found = flatten(inputs.call(model))
+    found = flatten(without_caches(inputs.call(model)))  # a shorter model keeps fewer keys and values
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor) and _is_real(value)}
 
 

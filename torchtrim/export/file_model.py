@@ -19,7 +19,8 @@ from torchtrim.graph.inputs import Inputs
 class FileModel(nn.Module):
     """An ONNX file in ONNX Runtime as a module: it takes what the model takes, and returns what the model returns.
 
-    It has no parameters, and gradients do not flow through it.
+    Its only parameter is an empty one on the model's device, for code that asks a model where it is. Gradients do not
+    flow through it.
 
     Args:
         path: The file, exported from the model.
@@ -52,6 +53,8 @@ class FileModel(nn.Module):
         threads: int | None = None,
     ) -> None:
         super().__init__()
+        device = next((held.device for held in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        self.place = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
         self._session = OnnxSession(path, providers=providers, threads=threads)
         twin = structural_copy(model, own_buffers=True, user_hooks=False).eval()
         with torch.no_grad(), kept_random_state():

@@ -134,6 +134,19 @@ class Ranking:
         """Everything as plain data that JSON can hold, with the order."""
         return {**asdict(self), "order": list(self.order)}
 
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Ranking:
+        """The ranking that `to_dict` wrote.
+
+        Example:
+            >>> ranking = Ranking("Net", "norm", "", (Ranked("a", ("a",), 0.5, 10, 4),), 40, 12, 64, 1.0, 0.0, 0.2)
+            >>> Ranking.from_dict(ranking.to_dict()) == ranking
+            True
+        """
+        held = {name: value for name, value in data.items() if name != "order"}
+        blocks = tuple(Ranked(**{**each, "paths": tuple(each["paths"])}) for each in data["blocks"])
+        return Ranking(**{**held, "blocks": blocks, "notes": tuple(data["notes"])})
+
     def table(self) -> Table:
         """A row for each block, in the order of execution."""
         place = {path: number for number, path in enumerate(self.order, start=1)}

@@ -14,6 +14,7 @@ from torchtrim.errors import InputError, MissingDependency, nearest
 
 PREFIX = "torchvision:"
 PARTS = ("train", "test")
+_LABELS = ("targets", "labels", "_labels")  # where the data sets keep them
 
 
 class TorchvisionRows:
@@ -60,12 +61,18 @@ class TorchvisionRows:
         try:
             held: Any = made(**asked)
         except (RuntimeError, OSError, ValueError, TypeError) as error:
-            raise InputError(f"the data set cannot be read: {str(error).splitlines()[0]}", path=name) from error
+            told = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"the data set cannot be read: {told}", path=name) from error
         self._held, self._fitted = held, fitted
-        labels = getattr(held, "targets", None)
+        labels = next((getattr(held, key) for key in _LABELS if hasattr(held, key)), None)
         if labels is None:
             labels = [held[row][1] for row in range(len(held))]
-        self.labels: torch.Tensor | None = torch.as_tensor(labels).long()
+        try:
+            self.labels: torch.Tensor | None = torch.as_tensor(labels).long()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                "its labels are no numbers of classes", path=name, found=type(labels[0]).__name__
+            ) from error
 
     def __len__(self) -> int:
         return len(self._held)
