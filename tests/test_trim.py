@@ -372,3 +372,96 @@ def test_the_guide_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyP
         exec(compile(block, "trim.md", "exec"), names)
     assert (tmp_path / "trimmed" / "report.html").is_file()
     assert {*names["result"].met, *names["result"].missed} == {"size_mb", "max_drop"}
+
+
+def test_a_language_model_with_its_cache() -> None:
+    import transformers
+
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=32, vocab_size=64)
+    net: Any = transformers.GPT2LMHeadModel(config).eval()
+    data = [{"input_ids": torch.randint(0, 64, (16, 6))} for _ in range(2)]
+    result = tt.trim(net, data, budget=tt.Budget(macs=0.7), pruning=[], trials=3)
+    assert not result.missed, result.candidates
+    assert result.model.config.num_hidden_layers == 4 - result.plan.remove
+    found = result.model.generate(data[0]["input_ids"], max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert found.shape == (16, 11)
+
+
+def test_what_loses_less_is_no_reason_against_what_is_smaller() -> None:
+    """Where everything may be lost, the smallest of all plans is the best."""
+    net, data = make()
+    result = tt.trim(net, data, budget={"max_drop": 1.0}, pruning=["magnitude"], trials=12, seed=3)
+    assert all(each.score is not None for each in result.candidates)
+    assert tt.summary(result.model, data[0][0][:1]).macs == min(each.macs for each in result.candidates)
+
+
+def test_an_int8_file_alone_is_seen_in_the_report(tmp_path: Path) -> None:
+    net, data = make()
+    result = tt.trim(
+        net, data, budget=tt.Budget(macs=1.0), quantize="static", removal=False, pruning=["magnitude"], trials=1,
+        folder=tmp_path,
+    )  # fmt: skip
+    assert [stage.name for stage in result.report.stages] == ["original", "file, static"]
+    assert result.export is not None
+    assert result.export.quantize == "static"
+
+
+def test_a_folder_is_gone_on_with(tmp_path: Path) -> None:
+    """More plans, and another training than the one that lies there."""
+    net, data = make()
+    asked: dict[str, Any] = {
+        "budget": tt.Budget(macs=0.7), "pruning": ["magnitude"], "train_data": data, "folder": tmp_path,
+    }  # fmt: skip
+    first = tt.trim(net, data, trials=1, training={"epochs": 1}, **asked)
+    second = tt.trim(net, data, trials=3, training={"epochs": 2}, val_data=None, **asked)
+    assert (len(first.candidates), len(second.candidates)) == (1, 3)
+    assert second.candidates[0] == first.candidates[0]
+    assert second.training is not None
+    assert len(second.training.epochs) == 2
+    with pytest.raises(InputError, match="of another model, budget, data"):
+        tt.trim(net, [(data[1][0], data[1][1])], trials=3, **asked)
+    with pytest.raises(InputError, match="of another model, budget, data"):
+        tt.trim(net, data, trials=3, **{**asked, "budget": tt.Budget(macs=0.6)})
+
+
+def test_validation_data_that_can_be_gone_through_once() -> None:
+    net, data = make()
+    result = tt.trim(
+        net, data, budget=tt.Budget(macs=0.8), pruning=["magnitude"], trials=1, val_data=iter(data), train_data=data,
+        training={"epochs": 1},
+    )  # fmt: skip
+    assert result.training is not None
+    assert result.training.epochs[0].val_metric is not None
+
+
+def test_an_evaluate_function_that_changes_its_model() -> None:
+    net, data = make()
+
+    def evaluate(model: nn.Module) -> float:
+        device = next(model.parameters()).device
+        return float(model.half().float()(data[0][0].to(device)).std())
+
+    result = tt.trim(net, data, evaluate, budget=tt.Budget(macs=0.8), pruning=["magnitude"], trials=2)
+    assert not result.missed
+    assert next(result.model.parameters()).dtype == torch.float32
+
+
+def test_a_plan_that_fails_in_the_end_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchtrim.autopilot.building import Builder
+
+    net, data = make()
+    steps = Builder.steps
+    refused: list[str] = []
+
+    def refuse(self: Builder, plan: Any, *given: Any, **asked: Any) -> Any:
+        if asked.get("check") and not refused:
+            refused.append(str(plan))
+            raise EditError("it does not compute what it should")
+        return steps(self, plan, *given, **asked)
+
+    monkeypatch.setattr(Builder, "steps", refuse)
+    result = tt.trim(net, data, budget=tt.Budget(macs=0.8), pruning=["magnitude"], trials=3)
+    assert str(result.plan) not in refused
+    assert any("passed over" in note for note in result.notes)
+    assert not result.missed
