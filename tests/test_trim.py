@@ -280,7 +280,8 @@ def test_a_latency_is_that_of_the_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(each.latency_ms for each in result.candidates if each.score is not None)
 
 
-def test_an_int8_file_is_scored_as_it_is(tmp_path: Path) -> None:
+def test_an_int8_file_is_scored_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchtrim.autopilot.files._SECONDS", 0.05)
     net, data = make()
     seen: list[str] = []
 
@@ -366,6 +367,7 @@ def test_the_result_is_plain_data_and_a_table() -> None:
 
 def test_the_guide_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchtrim.autopilot.files._SECONDS", 0.05)
     text = (Path(__file__).parent.parent / "docs" / "trim.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):

@@ -11,6 +11,7 @@ from torch import nn
 
 from torchtrim.autopilot.building import Builder, cost_of
 from torchtrim.autopilot.files import FileOf
+from torchtrim.autopilot.finishing import norms_distilled
 from torchtrim.autopilot.plans import PlanSpace, TrimPlan
 from torchtrim.autopilot.result import NEAR, Candidate
 from torchtrim.autopilot.study import TrimStudy
@@ -105,7 +106,7 @@ class Search:
             if not self._worth_it(trial, proxy):
                 self._study.gave_up(trial, {**attributes, "seconds": time.perf_counter() - started})
                 return
-            made = self._with_file(plan, made)
+            made = self._with_file(plan, self._healed(plan, made))
         except TorchTrimError as error:
             self._study.failed(trial, error.message, attributes)
             return
@@ -167,6 +168,14 @@ class Search:
         if share == 1.0 and not self._builder.limits:
             self._unpruned[key] = found
         return found
+
+    def _healed(self, plan: TrimPlan, made: Made) -> Made:
+        """The candidate as it would be given back: what distilling norm layers brings differs from plan to plan."""
+        work = self._work
+        if not work.asked.heal or (not plan.remove and made.left.macs == self._builder.whole.macs):
+            return made
+        step = norms_distilled(made.model, work.original, work.inputs, work.data, lambda what, done: None)
+        return made if step is None else replace(made, model=step.model)
 
     def _with_file(self, plan: TrimPlan, made: Made) -> Made:
         """The candidate with its file, where files are made."""

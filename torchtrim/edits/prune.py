@@ -69,13 +69,6 @@ class PruneChannels(Edit):
         targets = [each for each in ("ratio", "budget", "thresholds") if getattr(self, each) is not None]
         if len(targets) != 1:
             raise EditError("how many channels?", found=targets, expected="a ratio, a budget or thresholds")
-        if self.budget is not None and self.budget.max_drop is not None:
-            raise EditError(
-                "a drop of the score is not measured here",
-                path="budget.max_drop",
-                found=self.budget.max_drop,
-                hint="tt.trim(model, data, budget=...), which measures it",
-            )
         if not isinstance(self.importance, str):
             raise EditError(
                 "a record holds the name of a criterion",
@@ -97,7 +90,14 @@ class PruneChannels(Edit):
                 _key(each, "thresholds"): _threshold(number, each) for each, number in self.thresholds.items()
             }
         if self.budget is not None:
-            plain["budget"] = Budget.of(self.budget)
+            plain["budget"] = budget = Budget.of(self.budget)
+            if budget.max_drop is not None:
+                raise EditError(
+                    "a drop of the score is not measured here",
+                    path="budget.max_drop",
+                    found=budget.max_drop,
+                    hint="tt.trim(model, data, budget=...), which measures it",
+                )
         plain["protect"] = tuple(_key(each, "protect") for each in several(self.protect))
         for name in ("round_to", "min_channels"):
             plain[name] = _count(getattr(self, name), name)
