@@ -54,10 +54,11 @@ def trim(
 
     A plan says how many blocks go (in an order that is ranked or searched for on the data), how channels are pruned
     until the budget is met, and in which numbers the file computes. A study of optuna goes through the plans: each is
-    made, its statistics of batch norms are moved, and its outputs are compared with the original's on rows held back;
-    where that error is good enough beside the others its norm layers are distilled towards the original's outputs, and it
-    is scored, and where a latency or a file is asked for, exported and measured. The best is made once more with all checks (the next best, where one of them fails), healed, trained
-    where that is asked for, and measured at the end.
+    made, its statistics of batch norms are moved, and its outputs are compared with the original's on rows held back.
+    Where that error is good enough beside the others, its norm layers are distilled towards the original's outputs (if
+    that helps), and it is scored, and where a latency or a file is asked for, exported and measured. The best is made
+    once more with all checks (the next best, where one of them fails), its joints are healed, it is trained where that
+    is asked for, and measured at the end.
 
     With a `folder` the study lies there, in a file: a search that was killed goes on when the same call is made again,
     to the same plans, and processes that make the same call at the same time share it; no plan is tried twice. The same
