@@ -39,6 +39,7 @@ def main() -> int:
     made.add_argument("pictures", type=Path, help="the .npz file")
     made.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     made.add_argument("--trials", type=int, default=10)
+    made.add_argument("--pruning", nargs="+", default=["magnitude", "reconstruction"], help="for trim")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--work", type=Path, help="a folder for the study and the report; an earlier run in it goes on")
     options = made.parse_args()
@@ -47,7 +48,8 @@ def main() -> int:
     if options.quick:
         pictures, labels = pictures[:80], labels[:80]
     with tempfile.TemporaryDirectory() as folder:
-        case = Case(pictures, labels, Path(folder), 2 if options.quick else options.trials, options.work)
+        trials = 2 if options.quick else options.trials
+        case = Case(pictures, labels, Path(folder), trials, options.pruning, options.work)
         results = Results("trim_lite0_quick" if options.quick else "trim_lite0", options.out, case)
         results.add("untouched", case.measured(case.original) | {"seconds": 0.0, "note": ""})
         for name in options.ways:
@@ -61,12 +63,18 @@ class Case:
     """The model, its file and its latency; the pictures."""
 
     def __init__(
-        self, pictures: torch.Tensor, labels: torch.Tensor, folder: Path, trials: int, work: Path | None
+        self,
+        pictures: torch.Tensor,
+        labels: torch.Tensor,
+        folder: Path,
+        trials: int,
+        pruning: list[str],
+        work: Path | None,
     ) -> None:
         self.model = efficientnet_lite0().eval()
         self.figure, self.answers = pictures[0::2], labels[0::2]
         self.seen = list(zip(pictures[1::2].split(25), labels[1::2].split(25), strict=True))
-        self.folder, self.trials, self.work = folder, trials, work
+        self.folder, self.trials, self.pruning, self.work = folder, trials, pruning, work
         self.original = self.file(self.model, "original")
         looks = [tt.benchmark(self.original, EXAMPLE, seconds=1).timings[0].median_ms for _ in range(8)]
         self.ms = min(looks)  # what disturbs a measurement makes it longer
@@ -94,7 +102,7 @@ def trim(case: Case) -> dict[str, Any]:
     folder = case.work or case.folder / "trim"
     result = tt.trim(
         case.model, case.seen, accuracy, EXAMPLE, budget=tt.Budget(latency_ms=SHARE * case.ms), quantize="auto",
-        trials=case.trials, folder=folder,
+        trials=case.trials, pruning=case.pruning, folder=folder,
     )  # fmt: skip
     print(result, flush=True)
     if result.export is None:
