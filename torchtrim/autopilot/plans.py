@@ -77,6 +77,13 @@ class PlanSpace:
         every = itertools.product(self.removals, self.prunings, shares, self.schemes)
         yield from dict.fromkeys(itertools.starmap(self._plan, every))
 
+    def plain(self) -> list[TrimPlan]:
+        """What one would try by hand, before all else: no blocks out, in each scheme."""
+        if 0 not in self.removals:
+            return []
+        share = min(self.shares, key=lambda each: abs(each - 0.75)) if self.shares else None
+        return [self._plan(0, self.prunings[0], share, scheme) for scheme in self.schemes]
+
     def __len__(self) -> int:
         return sum(1 for _ in self)
 

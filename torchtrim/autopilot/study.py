@@ -6,7 +6,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +121,11 @@ class TrimStudy:
         """A plan that nobody has tried or is trying; None where all were tried."""
         with _quiet(self._optuna):
             self._bury()
+            while (plain := self._left(space.plain())) is not None:
+                self._study.enqueue_trial(space.parameters(plain))
+                found = self._claimed(space)
+                if found is not None:
+                    return found
             for ask in range(_ASKS):
                 self._study.sampler = self._sampler(len(self.done()) * (_ASKS + 1) + ask)
                 found = self._claimed(space)
@@ -200,7 +205,7 @@ class TrimStudy:
                 return None
             time.sleep(_WAIT)
 
-    def _left(self, space: PlanSpace) -> TrimPlan | None:
+    def _left(self, space: Iterable[TrimPlan]) -> TrimPlan | None:
         state = self._optuna.trial.TrialState
         taken = [
             trial.user_attrs.get("plan") for trial in self._trials() if _is_done(trial) or trial.state == state.RUNNING
