@@ -91,8 +91,8 @@ class Files:
     def schemes(self) -> list[str]:
         """The schemes worth trying: float, and those whose file is faster on the original and not far from it.
 
-        `quantize="auto"` makes and times them. How much accuracy one may cost is not asked here: each candidate's file is
-        scored, and EfficientNet-Lite0's static file, too far for `auto` by its cosine, loses next to nothing.
+        `quantize="auto"` makes and times them. How much accuracy one may cost is not asked here, since each candidate's
+        file is scored: EfficientNet-Lite0's static one, too far for `auto` by its cosine, loses next to nothing.
         """
         report = self.write(self._original, "auto", self._folder / "auto.onnx", overwrite=True)
         found = ["float32"]
