@@ -92,7 +92,7 @@ def test_a_study_that_was_killed_twice_equals_one_that_was_not(tmp_path: Path) -
     assert {state for _, state, _ in outcome(whole)} >= {"COMPLETE", "PRUNED"}
 
 
-@pytest.mark.parametrize("kind", ["journal", "database"])
+@pytest.mark.parametrize("kind", ["journal", pytest.param("database", marks=pytest.mark.slow)])
 def test_processes_that_share_a_study_try_no_plan_twice(tmp_path: Path, kind: str) -> None:
     storage = str(tmp_path / "shared.journal") if kind == "journal" else f"sqlite:///{tmp_path}/shared.db"
     trials = 100 if kind == "journal" else 8  # more than there are plans; a database is slow
