@@ -1,6 +1,6 @@
 """EfficientNet-B7 ranked, planned and trimmed to half its MACs: time and peak memory, beside passes over the data.
 
-    python benchmarks/trim_large.py                 # 32 pictures of 600 x 600 on 2 threads: about ten minutes
+    python benchmarks/trim_large.py                 # 32 pictures of 600 x 600 on 2 threads
     python benchmarks/trim_large.py --quick         # efficientnet_b0, 224 x 224
 
 Random weights and random pictures. The unit is one forward pass over the data. Peak memory is that of the process
@@ -48,7 +48,7 @@ def main() -> int:
                 model(batch)
 
     timed("one forward pass over the data", forward)
-    ranking = timed("rank_blocks, sampled", lambda: tt.rank_blocks(model, data, "sampled", example))
+    ranking = timed("rank_blocks, influence", lambda: tt.rank_blocks(model, data, "influence", example))
     edit = tt.PruneChannels(budget=tt.Budget(macs=0.5))
     timed("plan of a pruning", lambda: tt.plan(model, example, edit))
     result = timed(

@@ -115,7 +115,7 @@ def _healed(
                 work.judge.error(mended[-1].model) < _WORTH * work.judge.error(steps[-1].model)
             ):
                 steps = mended
-    step = norms_distilled(steps[-1].model, work.original, work.inputs, work.data, work.say)
+    step = norms_distilled(steps[-1].model, work.original, work.inputs, work.data, work.judge, work.say)
     if step is not None and work.scored(step.model) >= work.scored(steps[-1].model) - work.noise:
         steps.append(step)
     return steps

@@ -156,7 +156,7 @@ class Builder:
                 self.inputs,
                 budget=budget,
                 importance=self._criterion(net, plan.remove, importance),
-                scope=scope,  # type: ignore[arg-type]  # of the table, which holds scopes alone
+                scope=scope,
                 reconstruct=reconstruct and not shapes_only,
                 data=self.data,
                 check=check,

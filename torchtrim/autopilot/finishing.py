@@ -24,7 +24,12 @@ _WORTH = 0.97  # an error on data held back has to fall to this share; less may 
 
 
 def norms_distilled(
-    net: nn.Module, original: nn.Module, inputs: Inputs, data: list[Any], say: Callable[[str, float], Any]
+    net: nn.Module,
+    original: nn.Module,
+    inputs: Inputs,
+    data: list[Any],
+    judge: Judge,
+    say: Callable[[str, float], Any],
 ) -> Step | None:
     """Distil the scales and biases of the norm layers towards the original's outputs, where that helps.
 
@@ -37,7 +42,6 @@ def norms_distilled(
     calibration = Calibration.of(data, original, inputs, what="distillation")
     with kept_random_state():
         whole = structural_copy(original, own_buffers=True, user_hooks=False).eval()
-        judge = Judge(whole, calibration)
         better = full_copy(net).eval()
         learn = {name: held.requires_grad for name, held in better.named_parameters()}
         before = judge.error(better)

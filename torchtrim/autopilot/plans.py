@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchtrim.channels.select import Scope
 
 # What channels are ranked by, among which of them, and whether the layers that read them are solved anew on data.
-PRUNINGS = {
+PRUNINGS: dict[str, tuple[str, Scope, bool]] = {
     "magnitude": ("magnitude", "uniform", False),
     "magnitude:global": ("magnitude", "global", False),
     "isomorphic": ("magnitude", "isomorphic", False),

@@ -174,7 +174,7 @@ class Search:
         work = self._work
         if not work.asked.heal or (not plan.remove and made.left.macs == self._builder.whole.macs):
             return made
-        step = norms_distilled(made.model, work.original, work.inputs, work.data, lambda what, done: None)
+        step = norms_distilled(made.model, work.original, work.inputs, work.data, work.judge, lambda what, done: None)
         return made if step is None else replace(made, model=step.model)
 
     def _with_file(self, plan: TrimPlan, made: Made) -> Made:
@@ -184,7 +184,7 @@ class Search:
         file = self._files.of(made.model, plan.scheme, self._file, timed=self._work.timed)
         over = 0.0 if made.size is None else file.report.size_mb / self._limits["size_mb"]
         if 1.0 < over < _NEARLY and made.size is not None:  # a smaller model's file holds less weights for its nodes
-            again = self._built(plan, made.share, made.size * (2 - over) * 0.99)
+            again = self._healed(plan, self._built(plan, made.share, made.size * (2 - over) * 0.99))
             file = self._files.of(again.model, plan.scheme, self._file, timed=self._work.timed)
             made = again
         return replace(made, file=file)

@@ -66,11 +66,6 @@ class TrimStudy:
                 hint="another folder=, storage= or study=; or the same data in the same order, not shuffled",
             )
 
-    @property
-    def name(self) -> str:
-        """Its name in the storage."""
-        return str(self._study.study_name)
-
     def settled(self, key: str, find: Callable[[], Any]) -> Any:
         """Plain data that is the same in all processes: the first one that asks finds it, the others wait for that."""
         if key not in self._study.user_attrs:
@@ -109,9 +104,8 @@ class TrimStudy:
     def _is_before(self, other: optuna.trial.FrozenTrial, key: str) -> bool:
         if other.state.name != "RUNNING" or "plan" in other.user_attrs or self._is_dead(other):
             return False
-        return bool(
-            other.user_attrs.get("setup", key) == key
-        )  # one that has not said yet what it is may be another's turn
+        said = other.user_attrs.get("setup", key)  # one that has not said yet what it is may be another's turn
+        return bool(said == key)
 
     def done(self) -> list[optuna.trial.FrozenTrial]:
         """The trials that came to an end, in their order."""
