@@ -10,6 +10,7 @@ from torch import nn
 
 from torchtrim.bench.latency import benchmark
 from torchtrim.bench.timing import Timing
+from torchtrim.export.compare import Tolerance
 from torchtrim.export.file_model import FileModel
 from torchtrim.export.onnx import export_onnx
 from torchtrim.export.report import ExportReport
@@ -21,6 +22,7 @@ _LONGER = 4.0  # times as long, where the ratio is unclear
 _UNCLEAR = 0.06  # a ratio whose interval is wider than this share of it
 _WORTH = 0.97  # a file that is not faster than that is no choice of its own
 _NEAR = 0.9  # the cosine of a file with the original that a score is worth the while of
+_LOSS = 0.1  # and the accuracy that it may lose by itself
 _NEEDS_DATA = ("static", "mixed", "auto")
 
 
@@ -94,7 +96,13 @@ class Files:
         `quantize="auto"` makes and times them. How much accuracy one may cost is not asked here, since each candidate's
         file is scored: EfficientNet-Lite0's static one, too far for `auto` by its cosine, loses next to nothing.
         """
-        report = self.write(self._original, "auto", self._folder / "auto.onnx", overwrite=True)
+        report = self.write(
+            self._original,
+            "auto",
+            self._folder / "auto.onnx",
+            overwrite=True,
+            loose=True,
+        )
         found = ["float32"]
         tried = [] if report.selection is None else report.selection.tried
         for each in sorted(tried, key=lambda one: one.ratio or 1.0):
@@ -103,8 +111,16 @@ class Files:
                 found.append(each.scheme)
         return found[:3]
 
-    def write(self, net: nn.Module, scheme: str, path: Path, *, overwrite: bool = False) -> ExportReport:
-        """Export a model in a scheme.
+    def write(
+        self,
+        net: nn.Module,
+        scheme: str,
+        path: Path,
+        *,
+        overwrite: bool = False,
+        loose: bool = False,
+    ) -> ExportReport:
+        """Export a model in a scheme, by limits that suit it or, where it is scored later, by loose ones.
 
         Raises:
             ExportError: It cannot be exported so.
@@ -117,10 +133,11 @@ class Files:
             target=self._target,
             quantize=scheme,
             data=self._data if scheme in _NEEDS_DATA else None,
-            max_drop=self._max_drop,
+            max_drop=_LOSS if loose else self._max_drop,
             benchmark=False,
             threads=self._threads,
             overwrite=overwrite,
+            tolerance=Tolerance(cosine=_NEAR) if loose else None,
         )
 
     def of(self, net: nn.Module, scheme: str, path: Path, *, timed: bool) -> FileOf:

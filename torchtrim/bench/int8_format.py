@@ -16,15 +16,25 @@ class Int8Format(NamedTuple):
     Attributes:
         activations: `uint8` or `int8`.
         weights: `int8` or `uint8`.
-        reduce_range: Weights in 7 bits.
+        reduce_range: Weights in 7 bits; those of depthwise convolutions keep 8, for their sums do not saturate.
+        exact: The share of the multiplications whose weights keep 8 bits too, and are unsigned.
     """
 
     activations: str
     weights: str
     reduce_range: bool
+    exact: float = 0.0
 
 
+HALF_UNSIGNED = Int8Format("uint8", "int8", True, 0.5)
 UNSIGNED = Int8Format("uint8", "uint8", False)  # exact everywhere, and slower
+
+
+def exact_formats(found: Int8Format) -> list[tuple[str, Int8Format]]:
+    """Formats that are nearer where a bit has to be left out, the faster one first; with what to call them."""
+    if not found.reduce_range or found.activations != "uint8":
+        return []
+    return [("8 bits for half, unsigned", HALF_UNSIGNED), ("8 bits, both unsigned", UNSIGNED)]
 
 
 def best_format(machine: Machine) -> Int8Format:
@@ -46,7 +56,9 @@ def best_format(machine: Machine) -> Int8Format:
     | test_efficientnet | 1.8 ms | 1.4 ms, 0.9868 | 1.4 ms, 0.9997 | 1.9 ms, 0.9999 | 3.6 ms, 0.9914 |
     | test_vit | 1.6 ms | 1.4 ms, 0.9945 | 1.4 ms, 0.9995 | 1.5 ms, 0.9997 | 1.4 ms, 0.9945 |
 
-    So U8S8 with 7-bit weights there, and U8U8 where its accuracy does not do. A processor of which nothing is known
+    So U8S8 with 7-bit weights there, and U8U8, for a half of the multiplications or for all, where its accuracy does
+    not do. Depthwise convolutions are U8S8 with 8 bits everywhere (see `torchtrim.export.weight_types`; the table is
+    from before that). A processor of which nothing is known
     gets the 7 bits too: they are right everywhere.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from torchtrim.bench.int8_format import UNSIGNED
+from torchtrim.bench.int8_format import exact_formats
 from torchtrim.bench.latency import benchmark
 from torchtrim.bench.openvino_session import open_session
 from torchtrim.bench.timing import Timing
@@ -224,8 +224,8 @@ def _mended(bench: Workbench, notes: list[str]) -> Iterator[tuple[str, Built]]:
     for method in ("percentile", "mse", "entropy"):
         if method != bench.options.method:
             yield f"ranges by {method}", bench.static(method=method, name=f"static, {method}")
-    if bench.int8.reduce_range:  # full 8 bits do not saturate where both are unsigned; such kernels are slower
-        yield "8 bits, both unsigned", bench.static(int8=UNSIGNED, name="static, unsigned")
+    for what, int8 in exact_formats(bench.int8):
+        yield what, bench.static(int8=int8, name=f"static, {what}")
     for what, change in (("layer norms smoothed", bench.smoothed), ("convolutions equalised", bench.equalised)):
         try:
             path, count = change()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from torchtrim.bench.int8_format import UNSIGNED, Int8Format
+from torchtrim.bench.int8_format import Int8Format, exact_formats
 from torchtrim.bench.latency import benchmark
 from torchtrim.errors import ExportError
 from torchtrim.export.calibration_data import Feed
@@ -135,11 +135,11 @@ def _nearest(
                 best = mixture(rival, found, (), other)
             if judge.against(found) is None:  # by its accuracy, perhaps, with a lower cosine than the best one's
                 return mixture(rival, found, (), other)
-        if bench.int8.reduce_range:  # full 8 bits do not saturate where both are unsigned; such kernels are slower
-            rival = _build(bench, kinds, choice, method=best.method, int8=UNSIGNED)
+        for what, int8 in exact_formats(bench.int8):
+            rival = _build(bench, kinds, choice, method=best.method, int8=int8)
             found = judge.of(rival.path)
             if judge.against(found) is None and _faster(bench.prepared, rival.path, feed, threads, seconds):
-                return mixture(rival, found, (), f"{best.method}, 8 bits, both unsigned")
+                return mixture(rival, found, (), f"{best.method}, {what}")
     order = _worst_first(bench, best.built.path, feed)
     chosen = {node for kind in kinds if choice[kind.name] != FLOAT for node in kind.nodes}
     order = [node for node in order if node in chosen]

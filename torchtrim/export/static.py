@@ -17,6 +17,7 @@ from torchtrim.export.quiet import quiet
 from torchtrim.export.ranges import METHODS
 from torchtrim.export.tensorrt_form import pair_residuals, residual_inputs
 from torchtrim.export.trained import overrides
+from torchtrim.export.weight_types import weight_types
 
 FORMS = ("cpu", "tensorrt")
 _TYPES = ("uint8", "int8")
@@ -35,6 +36,7 @@ def quantize_static(
     weights: str = "int8",
     per_channel: bool = True,
     reduce_range: bool = False,
+    exact: float = 0.0,
     form: str = "cpu",
     levels: Mapping[str, int] | None = None,
     external_data: bool = False,
@@ -55,7 +57,9 @@ def quantize_static(
         activations: `uint8` or `int8`; both with a zero point.
         weights: `int8` (symmetric) or `uint8` (asymmetric).
         per_channel: One scale for each output channel of a weight.
-        reduce_range: Weights in 7 bits, where sums of 8-bit products saturate.
+        reduce_range: Weights in 7 bits, where sums of 8-bit products saturate. Those of depthwise convolutions, whose
+            sums do not, keep 8.
+        exact: With `reduce_range`: the share of the multiplications whose weights keep 8 bits too, unsigned.
         form: `cpu`, as ONNX Runtime's CPU provider fuses it. `tensorrt`: pairs of their own at the inputs of layers and
             of residual adds only, symmetric int8, float biases; TensorRT then fuses activation and add into the layer.
         external_data: Keep the weights beside the file (past 2 GB).
@@ -87,9 +91,14 @@ def quantize_static(
         "DedicatedQDQPair": tensorrt,
         "ForceQuantizeNoInputCheck": True,
         "OpTypesToExcludeOutputQuantization": sorted(kinds) if tensorrt else [],
+        "TensorQuantOverrides": {},
     }
+    if form == "cpu" and activations == "uint8" and (reduce_range or weights == "uint8"):
+        types_of = weight_types(model, chosen, exact, per_channel=per_channel)
+        # A weight that was trained in so many steps keeps them.
+        options["TensorQuantOverrides"] = {name: each for name, each in types_of.items() if name not in (levels or {})}
     if levels:
-        options["TensorQuantOverrides"] = overrides(model, levels, 64 if reduce_range else 127)
+        options["TensorQuantOverrides"] |= overrides(model, levels, 64 if reduce_range else 127)
     asked = {name: (np.array(low, np.float32), np.array(high, np.float32)) for name, (low, high) in ranges.items()}
     try:
         with quiet():

@@ -195,6 +195,7 @@ class Workbench:
             activations=found.activations,
             weights=found.weights,
             reduce_range=found.reduce_range,
+            exact=found.exact,
             per_channel=self.options.per_channel,
             form=self._form,
             levels=None if self.trained is None else self.trained.levels,
