@@ -348,3 +348,22 @@ def test_one_object_cannot_be_put_in_twice() -> None:
     for check in (True, False):
         with pytest.raises(tt.EditError, match="part of the model"):
             tt.apply(model, torch.randn(2, 4), edits, check=check)
+
+
+class OfTwoRows(nn.Module):
+    """Takes batches of two alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(2, *x.shape[1:])
+
+
+def test_a_module_that_fails_in_train_mode_or_at_other_batches_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
+    before = copy.deepcopy(model.state_dict())
+    tokens = torch.randint(0, 10, (2, 5))
+    with pytest.raises(tt.EditError, match="does not run with it in train"):
+        insert(model, tokens, nn.Dropout(0.2), before="0")
+    with pytest.raises(tt.EditError, match="does not run with it in eval, batch 1"):
+        insert(model, tokens, OfTwoRows(), after="0")
+    assert differs(before, model.state_dict()) is None
+    assert [type(each) for each in model] == [nn.Embedding, nn.Linear]
