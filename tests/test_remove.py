@@ -460,3 +460,24 @@ def test_a_record_with_healed_values_for_another_model() -> None:
         apply(made(8), torch.randn(2, 4), [record], check=False)
     with pytest.raises(PathError, match="went away with edit 1"):
         apply(made(6), torch.randn(2, 4), [Remove(("1",)), record], check=False)
+
+
+def test_a_path_that_goes_with_another_is_refused() -> None:
+    """Without the sum the right side has no use; an adapter for what was on it has no place."""
+
+    class TwoWays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+            self.right = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+            self.end = nn.Linear(8, 2)
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return self.end(self.left(a) + self.right(b))
+
+    model = TwoWays()
+    inputs = (torch.randn(2, 6), torch.randn(2, 4))
+    with pytest.raises(EditError, match="nothing needs it any more") as caught:
+        remove(model, inputs, [":add", "right.0"], copy=False)
+    assert caught.value.path == "right.0"
+    assert isinstance(model.right[0], nn.Linear)

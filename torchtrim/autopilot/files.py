@@ -120,7 +120,7 @@ class Files:
         overwrite: bool = False,
         loose: bool = False,
     ) -> ExportReport:
-        """Export a model in a scheme, by limits that suit it or, where it is scored later, by loose ones.
+        """Export a model in a scheme; by loose limits where that is scored later.
 
         Raises:
             ExportError: It cannot be exported so.
@@ -133,7 +133,7 @@ class Files:
             target=self._target,
             quantize=scheme,
             data=self._data if scheme in _NEEDS_DATA else None,
-            max_drop=_LOSS if loose else self._max_drop,
+            max_drop=max(_LOSS, self._max_drop) if loose else self._max_drop,
             benchmark=False,
             threads=self._threads,
             overwrite=overwrite,
@@ -147,7 +147,7 @@ class Files:
             ExportError: It cannot be exported so.
             ExportMismatch: The file does not compute what the model does.
         """
-        report = self.write(net, scheme, path, overwrite=True)
+        report = self.write(net, scheme, path, overwrite=True, loose=scheme == "static")
         if not timed or self.base_ms is None:
             return FileOf(report, None, None)
         files = {"original": self.original.path, "candidate": report.path}

@@ -15,7 +15,7 @@ class Int8Format(NamedTuple):
 
     Attributes:
         activations: `uint8` or `int8`.
-        weights: `int8` or `uint8`.
+        weights: `int8` or `uint8`; of depthwise convolutions `int8` in any case.
         reduce_range: Weights in 7 bits; those of depthwise convolutions keep 8, for their sums do not saturate.
         exact: The share of the multiplications whose weights keep 8 bits too, and are unsigned.
     """
@@ -57,8 +57,8 @@ def best_format(machine: Machine) -> Int8Format:
     | test_vit | 1.6 ms | 1.4 ms, 0.9945 | 1.4 ms, 0.9995 | 1.5 ms, 0.9997 | 1.4 ms, 0.9945 |
 
     So U8S8 with 7-bit weights there, and U8U8, for a half of the multiplications or for all, where its accuracy does
-    not do. Depthwise convolutions are U8S8 with 8 bits everywhere (see `torchtrim.export.weight_types`; the table is
-    from before that). A processor of which nothing is known
+    not do. Depthwise convolutions are U8S8 with 8 bits in both (see `torchtrim.export.weight_types`; the table is from
+    before that). A processor of which nothing is known
     gets the 7 bits too: they are right everywhere.
 
     Args:

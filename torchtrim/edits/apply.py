@@ -166,12 +166,15 @@ def performed(work: Work, edits: Sequence[Edit]) -> Iterator[Step]:
 
 
 def _check_backward(before: nn.Module, work: Work, edit: Edit) -> None:
-    """A model that could be trained still can: a layer that writes in place may overwrite what a gradient needs."""
+    """A model that could be trained still can: a layer that writes in place may overwrite what a gradient needs.
+
+    Comparisons do not tell: a reference with the same in it fails alike, and so nothing is compared.
+    """
     for training in (False, True):
         reason = untrainable(work.model, work.inputs, training)
         if reason is not None and untrainable(before, work.inputs, training) is None:
             raise EditError(
-                f"no gradients would flow through it any more: {reason.partition(' Hint:')[0]}",
+                f"it could not be trained any more{' in eval mode' * (not training)}: {reason.partition(' Hint:')[0]}",
                 path=str(edit),
                 hint="a layer without inplace=True behind this place" if "inplace" in reason else None,
             )

@@ -67,7 +67,8 @@ def insert(
     Raises:
         PathError: No such address, or it is never called.
         EditError: The module does not take the value there, or what follows does not take what it returns (both shapes
-            are in the message); the place lies in a module that cannot be opened; the module is part of the model.
+            are in the message); the model does not run with it in train mode, or backward, as it did; the place lies in
+            a module that cannot be opened; the module is part of the model.
         CheckFailed: The result does not compute what it should.
 
     Example:

@@ -11,8 +11,8 @@ from torch import fx, nn
 from torchtrim.edits.addresses import Address, places
 from torchtrim.edits.placing import passed_through
 from torchtrim.edits.work import Work
-from torchtrim.errors import CheckFailed, EditError
-from torchtrim.graph.check import Mismatch, Side, Variant, compare, run, variants
+from torchtrim.errors import CheckFailed
+from torchtrim.graph.check import Mismatch, Side, compare
 from torchtrim.graph.copying import structural_copy
 from torchtrim.graph.inputs import Inputs
 
@@ -34,7 +34,6 @@ def check_insertion(work: Work, where: Address, path: str, *, before: bool, inde
 
     Raises:
         CheckFailed: They compute something else.
-        EditError: The model ran in train mode, or with another batch size, and does not with the module in it.
     """
     reference = structural_copy(work.before)
     holder: list[Any] = []
@@ -64,32 +63,9 @@ def check_insertion(work: Work, where: Address, path: str, *, before: bool, inde
 
     reference._modules[path] = work.model.get_submodule(path)
     try:
-        done = compare(Side(reference, call), Side(work.model), work.inputs)
+        return compare(Side(reference, call), Side(work.model), work.inputs)
     except Mismatch as error:
         raise CheckFailed(error.message, path=where.text) from error
-    for variant in variants(work.inputs):
-        # Both fail with the module in it, in train mode alone perhaps, as a dropout of whole numbers does.
-        if "size" not in variant.name and any(each.startswith(f"{variant.name}: not checked") for each in done):
-            _refuse_where_it_ran(work, where, variant)
-    return done
-
-
-def _refuse_where_it_ran(work: Work, where: Address, variant: Variant) -> None:
-    """Refuse a module with which the model fails in a variant in which it ran before.
-
-    Raises:
-        EditError: It does.
-    """
-    try:
-        run(Side(work.before), variant, gradients=False)
-    except Exception:  # noqa: BLE001 (a model raises what it likes)
-        return
-    try:
-        run(Side(work.model), variant, gradients=False)
-    except Exception as error:  # and so does a module
-        raise EditError(
-            f"the model does not run with it in {variant.name}: {type(error).__name__}: {error}", path=where.text
-        ) from error
 
 
 def _hook(module: nn.Module, where: Address, through: Callable[[Any], Any], before: bool) -> Any:

@@ -65,7 +65,14 @@ class Reference:
         self.model = work.model
         assign(self.model, weights)
         self.adapters: dict[str, str] = {}
+        there = {path for path, _ in self.model.named_modules(remove_duplicate=False)}
         for run in self.runs:
+            if run.first.key[0] not in there:
+                raise EditError(
+                    "nothing needs it any more once the others are taken out",
+                    path=run.address,
+                    hint="leave it out: it goes with them",
+                )
             if run.address in adapters and run.address not in self.adapters:
                 host = _host(self.model, run.first.key[0])
                 name = self.adapters[run.address] = join(host, f"adapter_of_the_check_{len(self.adapters)}")

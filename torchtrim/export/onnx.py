@@ -111,7 +111,8 @@ def export_onnx(
         opset: The ONNX opset; what PyTorch's exporter recommends by default.
         dynamic_ops: The operators that `"dynamic"` quantizes, or one. Adding `Conv` makes most networks slower.
         per_channel: One int8 scale for each output channel.
-        reduce_range: 7-bit weights, as x86 processors without VNNI need them; by default where this one does.
+        reduce_range: 7-bit weights, but for depthwise convolutions, as x86 without VNNI needs them; by default where
+            this is one.
         calibration: How the ranges of activations are chosen: `minmax`, `entropy`, `percentile`, `mse`.
         bits: Of `"weight_only"`: 8 or 4.
         block: How many weights share a scale there.

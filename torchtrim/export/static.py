@@ -55,11 +55,13 @@ def quantize_static(
         between: The operators that are quantized where they lie between int8 nodes.
         method: How the ranges are chosen: `minmax`, `entropy`, `percentile`, `mse`.
         activations: `uint8` or `int8`; both with a zero point.
-        weights: `int8` (symmetric) or `uint8` (asymmetric).
+        weights: `int8` (symmetric) or `uint8`; those of depthwise convolutions, and those with channels of nothing, are
+            `int8` all the same.
         per_channel: One scale for each output channel of a weight.
         reduce_range: Weights in 7 bits, where sums of 8-bit products saturate. Those of depthwise convolutions, whose
             sums do not, keep 8.
-        exact: With `reduce_range`: the share of the multiplications whose weights keep 8 bits too, unsigned.
+        exact: With `reduce_range`, in the form `cpu`: the share of the multiplications, 0 to 1, whose weights keep
+            8 bits too, unsigned.
         form: `cpu`, as ONNX Runtime's CPU provider fuses it. `tensorrt`: pairs of their own at the inputs of layers and
             of residual adds only, symmetric int8, float biases; TensorRT then fuses activation and add into the layer.
         external_data: Keep the weights beside the file (past 2 GB).
@@ -94,7 +96,7 @@ def quantize_static(
         "TensorQuantOverrides": {},
     }
     if form == "cpu" and activations == "uint8" and (reduce_range or weights == "uint8"):
-        types_of = weight_types(model, chosen, exact, per_channel=per_channel)
+        types_of = weight_types(model, chosen, exact, unsigned=weights == "uint8", per_channel=per_channel)
         # A weight that was trained in so many steps keeps them.
         options["TensorQuantOverrides"] = {name: each for name, each in types_of.items() if name not in (levels or {})}
     if levels:

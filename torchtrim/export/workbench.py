@@ -36,7 +36,7 @@ class Options:
     Attributes:
         ops: The operators that dynamic int8 quantizes.
         per_channel: One scale for each output channel.
-        reduce_range: Weights in 7 bits; None: where this machine needs it.
+        reduce_range: Weights in 7 bits, but for depthwise convolutions; None: where this machine needs it.
         method: How the ranges of activations are chosen: `minmax`, `entropy`, `percentile`, `mse`.
         bits: Of weight-only quantization: 8 or 4.
         block: How many weights share a scale there.

@@ -165,7 +165,9 @@ def run(side: Side, variant: Variant, gradients: bool | None = None) -> Outcome:
 
 
 def untrainable(model: nn.Module, inputs: Inputs, training: bool) -> str | None:
-    """Why a backward through a model raises; `None` where none does, and where no forward comes so far.
+    """Why a forward with gradients on, or the backward, raises; `None` where neither does.
+
+    A graph that holds for the example's batch size alone is no reason.
 
     Copies are run, whose hooks that are plain functions are left out; no `.grad` is written. A forward and a backward.
     """
@@ -176,8 +178,10 @@ def untrainable(model: nn.Module, inputs: Inputs, training: bool) -> str | None:
     with kept_random_state(), torch.enable_grad():
         try:
             outputs = batch.fresh().call(module)
-        except (*UNKNOWABLE, GuardError):  # whether it runs is another question, which `compare` asks
+        except GuardError:
             return None
+        except UNKNOWABLE as error:
+            return str(error)
         try:
             _gradients(module, outputs)
         except RuntimeError as error:
