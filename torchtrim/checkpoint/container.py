@@ -19,7 +19,6 @@ import contextlib
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from typing import IO, Any
 import torch
 
 from torchtrim.checkpoint import packing
+from torchtrim.checkpoint.checksum import crc32
 from torchtrim.errors import CheckpointDamaged, CheckpointError, CheckpointTooNew
 
 FORMAT = 2
@@ -125,12 +125,12 @@ class Container:
             for begin, end in packing.blocks_of(entry.size):
                 if entry.packed:
                     block, data = self._block(file, name, end - begin)
-                    crc = zlib.crc32(block, crc)
+                    crc = crc32(block, crc)
                 else:
                     data = file.read(end - begin)
                     if len(data) != end - begin:
                         raise _damaged(self.path, "was cut short while it was read", f"{name!r} ends early")
-                crc = zlib.crc32(data, crc)
+                crc = crc32(data, crc)
                 yield memoryview(data)
             if file.tell() != entry.end:
                 raise _damaged(self.path, "was altered: a tensor is not as long as its header says", name)
@@ -202,7 +202,7 @@ class Container:
             count = file.readinto(piece)
             if not count:
                 raise _damaged(self.path, "was cut short while it was read", f"{name!r} ends early")
-            crc = zlib.crc32(piece[:count], crc)
+            crc = crc32(piece[:count], crc)
             done += count
         if crc != entry.crc:
             raise _damaged(self.path, "was altered: a tensor has not its checksum", name)
@@ -311,7 +311,7 @@ def _texts(path: Path, metadata: Any, header: bytes) -> dict[str, str]:
     own = metadata["torchtrim_header"]
     before, mark, after = header.partition(f'"torchtrim_header":"{own}"'.encode())
     blank = before + f'"torchtrim_header":"{NO_SUM}"'.encode() + after
-    if not mark or f"{zlib.crc32(blank):08x}" != own:
+    if not mark or f"{crc32(blank):08x}" != own:
         raise _damaged(path, "was altered: its header has not its checksum", own[:20])
     return metadata
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -12,6 +11,7 @@ import torch
 
 from torchtrim.checkpoint import packing
 from torchtrim.checkpoint.atomic import replacing
+from torchtrim.checkpoint.checksum import crc32
 from torchtrim.checkpoint.container import FORMAT, HEADER_LIMIT, KEYS, NAMES, NO_SUM, PACKED_KEYS, bytes_of
 from torchtrim.errors import CheckpointError
 
@@ -75,12 +75,12 @@ def _fill(file: IO[bytes], text: str, tensors: Mapping[str, torch.Tensor], packe
             sizes[name], crc = _write_packed(file, data, packer, _word(tensors[name].dtype))
         else:
             file.write(data)
-            crc = zlib.crc32(data)
+            crc = crc32(data)
         sums += f"{crc:08x}"
     file.seek(0)
     file.write(length.to_bytes(8, "little"))
     blank = header(sums, NO_SUM).ljust(length)
-    file.write(header(sums, f"{zlib.crc32(blank):08x}").ljust(length))
+    file.write(header(sums, f"{crc32(blank):08x}").ljust(length))
 
 
 def _write_packed(file: IO[bytes], data: memoryview, packer: packing.Packer, word: int) -> tuple[int, int]:
@@ -88,7 +88,7 @@ def _write_packed(file: IO[bytes], data: memoryview, packer: packing.Packer, wor
     size = crc = 0
     for begin, end in packing.blocks_of(len(data)):
         block = packer.pack(data[begin:end], word)
-        crc = zlib.crc32(data[begin:end], zlib.crc32(block, crc))
+        crc = crc32(data[begin:end], crc32(block, crc))
         file.write(block)
         size += len(block)
     return size, crc
