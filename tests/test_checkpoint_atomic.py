@@ -23,9 +23,10 @@ DATA = Path(__file__).parent / "data"
 
 # For each moment a process of its own saves 2 over 1, and kills itself there; "any" is killed from outside.
 PARENT = """
-import json, os, pathlib, signal, sys, time, zlib
+import json, os, pathlib, signal, sys, time
 import torch
 from torch import nn
+from torchtrim.checkpoint import container_write
 from torchtrim.checkpoint.save import save
 
 torch.set_num_threads(1)  # a child that is forked has none of its parent's other threads, and would wait for them
@@ -50,7 +51,7 @@ def killing(original, count, after=False):
 
 def child(path, moment, count):
     if moment == "tensor":
-        zlib.crc32 = killing(zlib.crc32, count)
+        container_write.crc32 = killing(container_write.crc32, count)
     elif moment == "flush":
         os.fsync = killing(os.fsync, count)
     elif moment != "any":
