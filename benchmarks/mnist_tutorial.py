@@ -92,7 +92,7 @@ def _earlier(place: Path, settings: dict[str, int]) -> dict[str, Any]:
     if not place.is_file():
         return {}
     held = json.loads(place.read_text("utf-8"))
-    return dict(held["sets"]) if all(held[key] == value for key, value in settings.items()) else {}
+    return dict(held["sets"]) if all(held.get(key) == value for key, value in settings.items()) else {}
 
 
 def measured(name: str, options: Any) -> dict[str, Any]:

@@ -73,8 +73,9 @@ def test_an_output_is_not_written_over_by_the_next_call(file: Path) -> None:
     np.testing.assert_array_equal(first, kept)
 
 
-def test_inputs_that_the_file_does_not_take(file: Path) -> None:
-    session = open_session(file, providers=[OPENVINO])
+@pytest.mark.parametrize("threads", [1, None])
+def test_inputs_that_the_file_does_not_take(file: Path, threads: int | None) -> None:
+    session = open_session(file, providers=[OPENVINO], threads=threads)
     with pytest.raises(InputError, match="another number of inputs"):
         session.feed(Inputs.of(torch.zeros(2, 5)))
     with pytest.raises(InputError, match="ids"):

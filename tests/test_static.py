@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 import torchtrim as tt
-from torchtrim.bench.int8_format import best_format
+from torchtrim.bench.int8_format import HALF_UNSIGNED, UNSIGNED, best_format, exact_formats
 from torchtrim.bench.machine import machine
 from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import ExportError, InputError
@@ -451,6 +451,8 @@ def test_bad_bias_correction(residual: Case, tmp_path: Path, options: dict[str, 
 def test_format_for_a_processor(instructions: tuple[str, ...], system: str, expected: tuple[str, str, bool]) -> None:
     here = replace(machine(), instructions=instructions, system=system)
     assert best_format(here)[:3] == expected
+    nearer = [HALF_UNSIGNED, UNSIGNED] if expected[2] else []  # where no bit is left out there is nothing to mend
+    assert [each for _, each in exact_formats(best_format(here))] == nearer
 
 
 def test_the_range_behind_an_activation_counts_where_a_float_node_reads_it(tmp_path: Path) -> None:

@@ -96,13 +96,7 @@ class Files:
         `quantize="auto"` makes and times them. How much accuracy one may cost is not asked here, since each candidate's
         file is scored: EfficientNet-Lite0's static one, too far for `auto` by its cosine, loses next to nothing.
         """
-        report = self.write(
-            self._original,
-            "auto",
-            self._folder / "auto.onnx",
-            overwrite=True,
-            loose=True,
-        )
+        report = self.write(self._original, "auto", self._folder / "auto.onnx", overwrite=True, loose=True)
         found = ["float32"]
         tried = [] if report.selection is None else report.selection.tried
         for each in sorted(tried, key=lambda one: one.ratio or 1.0):
@@ -112,13 +106,7 @@ class Files:
         return found[:3]
 
     def write(
-        self,
-        net: nn.Module,
-        scheme: str,
-        path: Path,
-        *,
-        overwrite: bool = False,
-        loose: bool = False,
+        self, net: nn.Module, scheme: str, path: Path, *, overwrite: bool = False, loose: bool = False
     ) -> ExportReport:
         """Export a model in a scheme; by loose limits where that is scored later.
 

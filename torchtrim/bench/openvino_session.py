@@ -132,16 +132,23 @@ class OpenVinoSession(OnnxSession):
         """The outputs: those named, or all in the file's order.
 
         Raises:
-            ExportError: OpenVINO could not run it.
+            ExportError: OpenVINO could not run it, or gives nothing for inputs that hold something.
         """
         try:
             self._request.infer([feed[entry.name] for entry in self._inputs], share_inputs=True)
             # The request keeps its own outputs and writes over them in the next call.
             places = [self.output_names.index(name) for name in outputs or self.output_names]
-            return [np.array(self._request.get_output_tensor(place).data) for place in places]
+            found = [np.array(self._request.get_output_tensor(place).data) for place in places]
         except RuntimeError as error:
-            shapes = {name: list(array.shape) for name, array in feed.items()}
-            raise ExportError(f"OpenVINO cannot run the file: {error}", path=self.path, found=shapes) from error
+            raise ExportError(f"OpenVINO cannot run the file: {error}", path=self.path, found=_shapes(feed)) from error
+        # With one thread it says nothing of inputs that do not fit each other, and computes nothing.
+        if any(array.size == 0 for array in found) and all(array.size for array in feed.values()):
+            raise ExportError("OpenVINO cannot run the file: it gives nothing", path=self.path, found=_shapes(feed))
+        return found
+
+
+def _shapes(feed: dict[str, NDArray[Any]]) -> dict[str, list[int]]:
+    return {name: list(array.shape) for name, array in feed.items()}
 
 
 def _names(path: Path) -> tuple[list[str], list[str]]:
