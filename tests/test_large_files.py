@@ -98,7 +98,7 @@ def test_equalised_and_corrected_files(net: nn.Module, tmp_path: Path) -> None:
     assert (equal.parent / "plain.onnx.data").is_file()
     np.testing.assert_allclose(result(equal), result(plain), rtol=1e-3, atol=1e-5)
     static, corrected = bench.static(), tmp_path / "corrected.onnx"
-    found = correct_biases(bench.prepared, static.path, corrected, data, groups=3)
+    found = correct_biases(bench.prepared, static.path, corrected, data)
     assert found.corrected == 4
     assert (tmp_path / "corrected.onnx.data").is_file()
     assert found.after < 1.2 * found.before  # weights that were lost would give zeros, or no file at all

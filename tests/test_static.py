@@ -377,7 +377,7 @@ def test_bad_files(residual: Case, tmp_path: Path) -> None:
 def test_bias_correction_gives_the_float_means(residual: Case, tmp_path: Path) -> None:
     _, path, _ = residual.quantized(per_channel=False, reduce_range=True)
     corrected = tmp_path / "corrected.onnx"
-    found = correct_biases(residual.path, path, corrected, residual.data, groups=10)
+    found = correct_biases(residual.path, path, corrected, residual.data)
     assert (found.corrected, found.skipped) == (4, 0)
     assert found.after == pytest.approx(output_error(residual.path, corrected, residual.data.comparison()))
     assert found.to_dict()["helped"] == (found.after < found.before)
@@ -391,8 +391,40 @@ def test_bias_correction_gives_the_float_means(residual: Case, tmp_path: Path) -
 def test_bias_correction_helps_where_rounding_shifts_means(cases: dict[str, Case], tmp_path: Path) -> None:
     case = cases["test_efficientnet"]
     _, path, _ = case.quantized(reduce_range=True)
-    found = correct_biases(case.path, path, tmp_path / "corrected.onnx", case.data, groups=4)
+    found = correct_biases(case.path, path, tmp_path / "corrected.onnx", case.data)
     assert found.helped
+
+
+def chain(path: Path, length: int = 32) -> Path:
+    """1 x 1 convolutions one after the other: what one shifts, those after it would all make up for once more."""
+    rng = np.random.default_rng(0)
+    weights, nodes, last = [], [], "x"
+    for i in range(length):
+        weight = np.exp(rng.normal(size=(16, 16, 1, 1)) * 2)
+        arrays = {f"w{i}": weight / weight.sum(1, keepdims=True), f"b{i}": rng.normal(size=16) * 0.01}
+        weights += [numpy_helper.from_array(array.astype(np.float32), name) for name, array in arrays.items()]
+        nodes += [
+            helper.make_node("Conv", [last, f"w{i}", f"b{i}"], [f"c{i}"], name=f"conv{i}"),
+            helper.make_node("Relu", [f"c{i}"], [f"y{i}"], name=f"relu{i}"),
+        ]
+        last = f"y{i}"
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 16, 4, 4]) for name in ("x", last))
+    graph = helper.make_graph(nodes, "g", [x], [y], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    return path
+
+
+def test_no_layer_makes_up_for_what_those_before_it_put_right(tmp_path: Path) -> None:
+    source, path = chain(tmp_path / "source.onnx"), tmp_path / "prepared.onnx"
+    prepare(source, path)
+    rows = torch.rand(64, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    data = CalibrationData.spool([rows], nn.Identity(), path, tmp_path / "data")
+    statistics = calibrate(path, data.calibration(), calibration_tensors(path))
+    quantized = tmp_path / "int8.onnx"
+    assert quantize_static(path, quantized, statistics, per_channel=False, reduce_range=True) == 32
+    found = correct_biases(path, quantized, tmp_path / "corrected.onnx", data)
+    assert found.corrected == 32
+    assert found.after < 0.7 * found.before
 
 
 def products(path: Path) -> Path:
@@ -428,7 +460,7 @@ def test_bias_correction_of_matmul_and_its_add(tmp_path: Path) -> None:
     assert bias.dtype == np.float32
 
 
-@pytest.mark.parametrize("options", [{"groups": 0}, {"rows": -1}, {"rows": 1.5}])
+@pytest.mark.parametrize("options", [{"rows": 0}, {"rows": -1}, {"rows": 1.5}])
 def test_bad_bias_correction(residual: Case, tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="positive"):
         correct_biases(residual.path, residual.path, tmp_path / "c.onnx", residual.data, **options)

@@ -20,9 +20,9 @@ from torchtrim.export.calibration_data import CalibrationData, Feed
 from torchtrim.export.graph import save_whole
 from torchtrim.export.workshop import room_beside
 
-GROUPS = 8
-ROWS = 64
+ROWS = 32
 _INT32 = 2**31 - 1
+_BESIDE = "torchtrim/int8/"  # before the names of what is put beside the float layers
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,17 @@ def correct_biases(
     destination: Path,
     data: CalibrationData,
     *,
-    groups: int = GROUPS,
     rows: int = ROWS,
+    threads: int | None = None,
 ) -> BiasCorrection:
-    """Write a copy of an int8 file whose layers give each channel the mean that it has in the float file.
+    """Write a copy of an int8 file whose layers give each channel the mean that the float file's layer gives.
 
-    To the bias of every quantized Conv, Gemm, and MatMul with an Add after it, what its mean by channel lacks is added
+    What the mean of a channel lacks is added to the bias of every quantized Conv, Gemm, and MatMul with an Add after it
     (empirical bias correction: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction",
-    2019, appendix D). The layers are taken in `groups` in the order they run: all of a group at once, and those after
-    it on what the corrected ones give. One run over the data a group is enough; one a layer would be too slow.
+    2019, appendix D). Each layer is measured on the float file's own inputs, quantized, so one run over the rows tells
+    all of them, and no layer makes up for what those before it will have put right themselves (as in the fast bias
+    correction of NNCF). EfficientNet-Lite0 with 7-bit weights: the outputs' error fell from 0.166 to 0.098; layer by
+    layer in order, on what the corrected ones give, to 0.122 in eight times as long.
 
     The copy is written whether it helped or not: the caller looks at `helped`.
 
@@ -77,46 +79,43 @@ def correct_biases(
         quantized: What `quantize_static` made of it.
         destination: Where the corrected copy goes.
         data: Its calibration half tells the means, its other half the error.
-        groups: How many groups of layers.
-        rows: At most so many rows of calibration data (up to the end of the feed).
+        rows: At most so many rows of each half (up to the end of the feed).
+        threads: ONNX Runtime's threads.
 
     Raises:
-        InputError: `groups` or `rows` is not positive.
+        InputError: `rows` is not positive.
         ExportError: One of the files does not run.
     """
-    for name, number in (("groups", groups), ("rows", rows)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise InputError(f"{name} is positive and a whole number", found=number)
-    model = onnx.load(quantized)
-    layers, skipped = _layers(onnx.load(prepared).graph, model.graph)
-    biases = _Biases(model.graph)
-    goal = _means(prepared, _up_to(data.calibration(), rows), {layer.float_output: layer.axis for layer in layers})
-    with room_beside(destination) as folder:
-        current = folder / "current.onnx"
-        for start in range(0, len(layers), max(1, -(-len(layers) // groups))):
-            group = layers[start : start + max(1, -(-len(layers) // groups))]
-            save_whole(model, current, again=True)
-            found = _means(
-                current, _up_to(data.calibration(), rows), {layer.int8_output: layer.axis for layer in group}
-            )
-            for layer in group:
-                biases.add(layer.bias, goal[layer.float_output] - found[layer.int8_output])
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise InputError("rows is positive and a whole number", found=rows)
+    model, plain = onnx.load(quantized), onnx.load(prepared)
+    layers, skipped = _layers(plain.graph, model.graph)
+    corrected = 0
+    if layers:
+        errors = _put_beside(plain, model, layers)
+        with room_beside(destination) as folder:
+            both = folder / "both.onnx"
+            save_whole(plain, both)
+            axes = {error: layer.axis for error, layer in zip(errors, layers, strict=True)}
+            lacking = _means(both, _up_to(data.calibration(), rows), axes, threads)
+        biases = _Biases(model.graph)
+        corrected = sum(biases.add(layer.bias, lacking[e]) for e, layer in zip(errors, layers, strict=True))
     save_whole(model, destination)
     return BiasCorrection(
-        before=output_error(prepared, quantized, data.comparison()),
-        after=output_error(prepared, destination, data.comparison()),
-        corrected=len(layers),
+        before=output_error(prepared, quantized, _up_to(data.comparison(), rows), threads),
+        after=output_error(prepared, destination, _up_to(data.comparison(), rows), threads),
+        corrected=corrected,
         skipped=skipped,
     )
 
 
-def output_error(reference: Path, changed: Path, feeds: Iterable[Feed]) -> float:
+def output_error(reference: Path, changed: Path, feeds: Iterable[Feed], threads: int | None = None) -> float:
     """How far the float outputs of one file are from those of another: the norm of the difference over the norm.
 
     Raises:
         ExportError: A file that does not run.
     """
-    one, other = OnnxSession(reference), OnnxSession(changed)
+    one, other = (OnnxSession(path, threads=threads) for path in (reference, changed))
     wrong = whole = 0.0
     for feed in feeds:
         for a, b in zip(one.run(feed), other.run(feed), strict=True):
@@ -128,10 +127,10 @@ def output_error(reference: Path, changed: Path, feeds: Iterable[Feed]) -> float
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer in both files: the tensors to compare before any activation, the axis of its channels, its bias."""
+    """A layer in both files, the axis of its channels, and its bias in the int8 file."""
 
-    float_output: str
-    int8_output: str
+    plain: onnx.NodeProto
+    int8: onnx.NodeProto
     axis: int
     bias: str
 
@@ -158,7 +157,7 @@ def _layers(before: onnx.GraphProto, after: onnx.GraphProto) -> tuple[list[_Laye
             skipped += 1
             continue
         axis = 1 if node.op_type == "Conv" else -1
-        found.append(_Layer(original.output[0], node.output[0], axis, bias))
+        found.append(_Layer(original, node, axis, bias))
     return found, skipped
 
 
@@ -168,6 +167,65 @@ def _added(readers: Sequence[onnx.NodeProto], given: str, constants: Mapping[str
         return ""
     other = next((name for name in readers[0].input if name != given), "")
     return other if other in constants and len(constants[other].dims) == 1 and constants[other].dims[0] > 1 else ""
+
+
+def _put_beside(plain: onnx.ModelProto, model: onnx.ModelProto, layers: Sequence[_Layer]) -> list[str]:
+    """Put each int8 layer beside the float one, on the same input; the tensors that hold what it lacks."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    shapes = {value.name: value for value in (*plain.graph.value_info, *plain.graph.output)}
+    taken: set[str] = set()
+
+    def constant(name: str) -> str:
+        if name and name not in taken:
+            taken.add(name)
+            copy = plain.graph.initializer.add()
+            copy.CopyFrom(constants[name])
+            copy.name = _BESIDE + name
+        return name and _BESIDE + name
+
+    def copied(node: onnx.NodeProto, name: str, first: str) -> onnx.NodeProto:
+        """A Quantize- or DequantizeLinear of something else."""
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.name = copy.output[0] = name
+        copy.input[:] = [first, *map(constant, node.input[1:])]
+        return copy
+
+    def branch(layer: _Layer) -> Iterator[onnx.NodeProto]:
+        twin = onnx.NodeProto()
+        twin.CopyFrom(layer.int8)
+        for place, name in enumerate(layer.int8.input):
+            given = f"{_BESIDE}{layer.plain.name}/{place}"
+            last = makers.get(name)
+            if last is None or last.op_type != "DequantizeLinear":
+                twin.input[place] = constant(name) if name in constants or not name else layer.plain.input[place]
+                continue
+            if last.input[0] in constants:
+                first = constant(last.input[0])
+            else:  # an activation: here that of the float file, quantized as there
+                first = f"{given}/quantized"
+                yield copied(makers[last.input[0]], first, layer.plain.input[place])
+            yield copied(last, given, first)
+            twin.input[place] = given
+        twin.name = twin.output[0] = f"{_BESIDE}{layer.plain.name}"
+        yield twin
+        yield onnx.helper.make_node("Sub", [layer.plain.output[0], twin.output[0]], [f"{twin.name}/error"])
+
+    errors = {f"{_BESIDE}{layer.plain.name}/error": layer.plain.output[0] for layer in layers}
+    beside = {layer.plain.name: list(branch(layer)) for layer in layers}
+    nodes = [each for node in plain.graph.node for each in (node, *beside.get(node.name, ()))]
+    whole = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # those of the list go with it
+    del plain.graph.node[:]
+    plain.graph.node.extend(whole)
+    for error, output in errors.items():
+        if output in shapes:
+            value = plain.graph.value_info.add()
+            value.CopyFrom(shapes[output])
+            value.name = error
+    known = {each.domain for each in plain.opset_import}
+    plain.opset_import.extend(each for each in model.opset_import if each.domain not in known)
+    return list(errors)
 
 
 class _Biases:
@@ -182,11 +240,13 @@ class _Biases:
             for name in node.input:
                 self._readers[name] = self._readers.get(name, 0) + 1
 
-    def add(self, bias: str, shift: NDArray[np.float64]) -> None:
+    def add(self, bias: str, shift: NDArray[np.float64]) -> bool:
+        """Add to a bias; False where that cannot be done."""
         maker = self._makers.get(bias)
         name = bias if maker is None else maker.input[0]
         if self._readers.get(bias, 0) > 1 or name not in self._tensors:
-            return  # one bias of several layers: what one lacks is wrong for the others
+            return False  # one bias of several layers: what one lacks is wrong for the others
+        shift = np.nan_to_num(shift, posinf=0, neginf=0)  # a masked row may be infinite in both files
         tensor = self._tensors[name]
         held = numpy_helper.to_array(tensor)
         if maker is None:
@@ -196,13 +256,16 @@ class _Biases:
             steps = held.astype(np.float64) + np.round(shift / np.maximum(scale, np.finfo(np.float32).tiny))
             changed = np.clip(steps, -_INT32, _INT32).astype(held.dtype)
         tensor.CopyFrom(numpy_helper.from_array(changed, name))
+        return True
 
 
-def _means(path: Path, feeds: Iterable[Feed], axes: Mapping[str, int]) -> dict[str, NDArray[np.float64]]:
+def _means(
+    path: Path, feeds: Iterable[Feed], axes: Mapping[str, int], threads: int | None
+) -> dict[str, NDArray[np.float64]]:
     """The mean of each channel of some tensors."""
     sums: dict[str, NDArray[np.float64]] = {}
     counts: dict[str, int] = dict.fromkeys(axes, 0)
-    with Tapped(path, list(axes)) as tapped:
+    with Tapped(path, list(axes), threads=threads) as tapped:
         for feed in feeds:
             for values in tapped.run(feed):
                 for name, array in values.items():

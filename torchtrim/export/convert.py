@@ -81,7 +81,7 @@ def convert(
         say(f"converting to {scheme}")
         makers: dict[str, Callable[[], Built]] = {
             "dynamic": bench.dynamic,
-            "static": bench.static,
+            "static": lambda: bench.corrected(bench.static()),
             "weight_only": bench.weight_only,
             "fp16": bench.half,
             "bf16": bench.brain,
@@ -150,7 +150,7 @@ def _feeds(bench: Workbench, inputs: Inputs) -> tuple[Feed, list[Feed]]:
 
 
 def _notes(built: Built, bench: Workbench, precision: str) -> list[str]:
-    notes = []
+    notes = list(built.notes)
     if built.scheme in ("dynamic", "static", "weight_only") and not built.nodes:
         what = " or ".join(bench.options.ops) if built.scheme == "dynamic" else "layer"
         notes.append(f"nothing was quantized: the model has no {what} with float32 weights; it is {precision}")

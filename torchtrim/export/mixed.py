@@ -54,7 +54,7 @@ class Mixture:
     def notes(self) -> tuple[str, ...]:
         """What was chosen, in words."""
         chosen = "; ".join(f"{kind} {choice}" for kind, choice in self.kinds.items())
-        notes = [f"mixed: {chosen}; ranges by {self.method}"]
+        notes = [f"mixed: {chosen}; ranges by {self.method}", *self.built.notes]
         if self.kept_float:
             names = ", ".join(self.kept_float[:5]) + (", ..." if len(self.kept_float) > 5 else "")
             notes.append(f"mixed: {len(self.kept_float)} nodes stay float for accuracy: {names}")
@@ -123,35 +123,42 @@ def _nearest(
     def mixture(made: Built, found: Agreement, left: tuple[str, ...], how: str) -> Mixture:
         return Mixture(made, found, dict(choice), left, how)
 
+    def corrected(made: Built) -> Built:
+        return bench.corrected(made) if STATIC in choice.values() else made
+
+    def rival(method: str, left: tuple[str, ...] = (), int8: Int8Format | None = None) -> Built:
+        return corrected(_build(bench, kinds, choice, method=method, left=left, int8=int8))
+
     method = bench.options.method
+    built = corrected(built)
     best = mixture(built, judge.of(built.path), (), method)
     if judge.against(best.agreement) is None:
         return best
     if STATIC in choice.values():
         for other in _METHODS:
-            rival = _build(bench, kinds, choice, method=other)
-            found = judge.of(rival.path)
+            made = rival(other)
+            found = judge.of(made.path)
             if found.wrong is None and found.cosine > best.agreement.cosine:
-                best = mixture(rival, found, (), other)
+                best = mixture(made, found, (), other)
             if judge.against(found) is None:  # by its accuracy, perhaps, with a lower cosine than the best one's
-                return mixture(rival, found, (), other)
+                return mixture(made, found, (), other)
         for what, int8 in exact_formats(bench.int8):
-            rival = _build(bench, kinds, choice, method=best.method, int8=int8)
-            found = judge.of(rival.path)
-            if judge.against(found) is None and _faster(bench.prepared, rival.path, feed, threads, seconds):
-                return mixture(rival, found, (), f"{best.method}, {what}")
+            made = rival(best.method, int8=int8)
+            found = judge.of(made.path)
+            if judge.against(found) is None and _faster(bench.prepared, made.path, feed, threads, seconds):
+                return mixture(made, found, (), f"{best.method}, {what}")
     order = _worst_first(bench, best.built.path, feed)
     chosen = {node for kind in kinds if choice[kind.name] != FLOAT for node in kind.nodes}
     order = [node for node in order if node in chosen]
     count = 1
     while order and count < len(order):
         left = tuple(order[:count])
-        rival = _build(bench, kinds, choice, method=best.method, left=left)
-        found = judge.of(rival.path)
+        made = rival(best.method, left)
+        found = judge.of(made.path)
         if found.wrong is None and found.cosine > best.agreement.cosine:
-            best = mixture(rival, found, left, best.method)
+            best = mixture(made, found, left, best.method)
         if judge.against(found) is None:
-            return mixture(rival, found, left, best.method)
+            return mixture(made, found, left, best.method)
         count *= 2
     return best
 

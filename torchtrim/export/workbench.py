@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torchtrim.bench.int8_format import Int8Format, best_format
 from torchtrim.bench.machine import machine
 from torchtrim.errors import InputError
 from torchtrim.export.bfloat16 import to_bfloat16
-from torchtrim.export.bias_correction import BiasCorrection, correct_biases
+from torchtrim.export.bias_correction import correct_biases
 from torchtrim.export.calibration import Statistics, calibrate
 from torchtrim.export.calibration_data import CalibrationData, Feed
 from torchtrim.export.cuda_int8 import quantize_for_cuda
@@ -61,12 +61,19 @@ class Built:
         scheme: Its scheme: `dynamic`, `static`, ...
         path: Where it lies, in the workbench's folder.
         nodes: How many nodes compute in int8, or hold int8 weights.
+        corrected: How many biases make up for what rounding shifts.
     """
 
     name: str
     scheme: str
     path: Path
     nodes: int
+    corrected: int = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was done to its biases, in words."""
+        return (f"{self.scheme}: {self.corrected} biases make up for what rounding shifts",) if self.corrected else ()
 
 
 class Workbench:
@@ -271,11 +278,19 @@ class Workbench:
         path = self.place("equalised")
         return path, equalise_layers(self.prepared, path)
 
-    def corrected(self, built: Built, prepared: Path | None = None) -> tuple[Built, BiasCorrection]:
-        """A static file whose biases make up for the shift that rounding gives each channel."""
+    def corrected(self, built: Built, prepared: Path | None = None) -> Built:
+        """A file with static layers whose biases make up for the shift that rounding gives each channel.
+
+        The file itself, where that does not bring its outputs nearer, or where the model was trained with its rounding.
+
+        Raises:
+            ExportError: It does not run.
+        """
+        if self.data is None or self.trained is not None or not built.nodes:
+            return built
         path = self.place(f"{built.name}, biases corrected")
-        found = correct_biases(prepared or self.prepared, built.path, path, self._data)
-        return Built(f"{built.name}, biases corrected", built.scheme, path, built.nodes), found
+        found = correct_biases(prepared or self.prepared, built.path, path, self.data, threads=self.threads)
+        return replace(built, path=path, corrected=found.corrected) if found.corrected and found.helped else built
 
     @property
     def _form(self) -> str:
@@ -299,7 +314,7 @@ class Workbench:
 
     @staticmethod
     def _renamed(built: Built, scheme: str) -> Built:
-        return Built(built.name, scheme, built.path, built.nodes)
+        return replace(built, scheme=scheme)
 
 
 def first_row(feed: Feed) -> Feed:
