@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from torchtrim.errors import InputError
-from torchtrim.export.bias_correction import output_error
+from torchtrim.export.bias_correction import output_errors
 from torchtrim.export.calibration import calibrate
 from torchtrim.export.equalise import equalise_layers, smooth, smoothing_tensors
 from torchtrim.export.static import calibration_tensors, quantize_static
@@ -109,7 +109,7 @@ def test_smoothing_lowers_the_error_of_int8(tmp_path: Path) -> None:
     for path in (source, changed):
         statistics = calibrate(path, [{"x": x}], calibration_tensors(path))
         quantize_static(path, tmp_path / "q.onnx", statistics, reduce_range=True)
-        errors.append(output_error(source, tmp_path / "q.onnx", [{"x": x}]))
+        errors += output_errors(source, [tmp_path / "q.onnx"], [{"x": x}])
     assert errors[1] < 0.6 * errors[0]
 
 
@@ -186,7 +186,7 @@ def test_equalising_lowers_the_error_of_int8_with_one_scale(tmp_path: Path) -> N
     for path in (source, changed):
         statistics = calibrate(path, [{"x": x}], calibration_tensors(path))
         quantize_static(path, tmp_path / "q.onnx", statistics, per_channel=False, reduce_range=True)
-        errors.append(output_error(source, tmp_path / "q.onnx", [{"x": x}]))
+        errors += output_errors(source, [tmp_path / "q.onnx"], [{"x": x}])
     assert errors[1] < 0.7 * errors[0]
 
 

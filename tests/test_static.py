@@ -23,7 +23,7 @@ from torchtrim.bench.int8_format import HALF_UNSIGNED, UNSIGNED, best_format, ex
 from torchtrim.bench.machine import machine
 from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import ExportError, InputError
-from torchtrim.export.bias_correction import correct_biases, output_error
+from torchtrim.export.bias_correction import correct_biases, output_errors
 from torchtrim.export.calibration import Statistics, calibrate
 from torchtrim.export.calibration_data import CalibrationData
 from torchtrim.export.graph import names_for, write_float
@@ -379,7 +379,7 @@ def test_bias_correction_gives_the_float_means(residual: Case, tmp_path: Path) -
     corrected = tmp_path / "corrected.onnx"
     found = correct_biases(residual.path, path, corrected, residual.data)
     assert (found.corrected, found.skipped) == (4, 0)
-    assert found.after == pytest.approx(output_error(residual.path, corrected, residual.data.comparison()))
+    assert found.after == pytest.approx(output_errors(residual.path, [corrected], residual.data.comparison())[0])
     assert found.to_dict()["helped"] == (found.after < found.before)
     assert "4 biases" in str(found)
     feed = next(residual.data.calibration())
@@ -393,71 +393,6 @@ def test_bias_correction_helps_where_rounding_shifts_means(cases: dict[str, Case
     _, path, _ = case.quantized(reduce_range=True)
     found = correct_biases(case.path, path, tmp_path / "corrected.onnx", case.data)
     assert found.helped
-
-
-def chain(path: Path, length: int = 32) -> Path:
-    """1 x 1 convolutions one after the other: what one shifts, those after it would all make up for once more."""
-    rng = np.random.default_rng(0)
-    weights, nodes, last = [], [], "x"
-    for i in range(length):
-        weight = np.exp(rng.normal(size=(16, 16, 1, 1)) * 2)
-        arrays = {f"w{i}": weight / weight.sum(1, keepdims=True), f"b{i}": rng.normal(size=16) * 0.01}
-        weights += [numpy_helper.from_array(array.astype(np.float32), name) for name, array in arrays.items()]
-        nodes += [
-            helper.make_node("Conv", [last, f"w{i}", f"b{i}"], [f"c{i}"], name=f"conv{i}"),
-            helper.make_node("Relu", [f"c{i}"], [f"y{i}"], name=f"relu{i}"),
-        ]
-        last = f"y{i}"
-    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 16, 4, 4]) for name in ("x", last))
-    graph = helper.make_graph(nodes, "g", [x], [y], weights)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
-    return path
-
-
-def test_no_layer_makes_up_for_what_those_before_it_put_right(tmp_path: Path) -> None:
-    source, path = chain(tmp_path / "source.onnx"), tmp_path / "prepared.onnx"
-    prepare(source, path)
-    rows = torch.rand(64, 16, 4, 4, generator=torch.Generator().manual_seed(0))
-    data = CalibrationData.spool([rows], nn.Identity(), path, tmp_path / "data")
-    statistics = calibrate(path, data.calibration(), calibration_tensors(path))
-    quantized = tmp_path / "int8.onnx"
-    assert quantize_static(path, quantized, statistics, per_channel=False, reduce_range=True) == 32
-    found = correct_biases(path, quantized, tmp_path / "corrected.onnx", data)
-    assert found.corrected == 32
-    assert found.after < 0.7 * found.before
-
-
-def products(path: Path) -> Path:
-    """MatMul, Add of a bias, Gelu, MatMul without one: as in transformers. Bad weights for one scale."""
-    rng = np.random.default_rng(0)
-    constants = {"w": rng.normal(size=(8, 8)) * np.geomspace(0.01, 1, 8), "b": rng.normal(size=8), "v": np.ones((8, 2))}
-    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 4, 8])
-    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 4, 2])
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["m"], name="first"),
-        helper.make_node("Add", ["b", "m"], ["a"], name="bias"),
-        helper.make_node("Gelu", ["a"], ["g"], name="gelu"),
-        helper.make_node("MatMul", ["g", "v"], ["y"], name="second"),
-    ]
-    weights = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in constants.items()]
-    graph = helper.make_graph(nodes, "g", [x], [y], weights)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
-    return path
-
-
-def test_bias_correction_of_matmul_and_its_add(tmp_path: Path) -> None:
-    source, path = products(tmp_path / "source.onnx"), tmp_path / "prepared.onnx"
-    prepare(source, path)
-    rows = torch.rand(64, 4, 8, generator=torch.Generator().manual_seed(0)) + 0.5
-    data = CalibrationData.spool([rows], nn.Identity(), path, tmp_path / "data")
-    statistics = calibrate(path, data.calibration(), calibration_tensors(path))
-    quantized, corrected = tmp_path / "int8.onnx", tmp_path / "corrected.onnx"
-    assert quantize_static(path, quantized, statistics, per_channel=False, reduce_range=True) == 2
-    found = correct_biases(path, quantized, corrected, data)
-    assert (found.corrected, found.skipped) == (1, 1)
-    assert found.helped
-    bias = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(corrected).graph.initializer}["b"]
-    assert bias.dtype == np.float32
 
 
 @pytest.mark.parametrize("options", [{"rows": 0}, {"rows": -1}, {"rows": 1.5}])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import onnx
 
-from torchtrim.bench.int8_format import Int8Format, exact_formats
+from torchtrim.bench.int8_format import exact_formats
 from torchtrim.bench.latency import benchmark
 from torchtrim.bench.openvino_session import open_session
 from torchtrim.bench.timing import Timing
@@ -91,8 +90,8 @@ def choose(
     """Make the candidates, measure them side by side, and keep the fastest that is near enough to the float file.
 
     Each is timed in alternating rounds with the float file, and lost where it is slower. Those left are compared, the
-    fastest first. A static file that is too far gets other ranges, equalised weights and corrected biases. The float
-    file stays where nothing is faster beyond the noise.
+    fastest first, static files with their biases corrected. A static file that is too far gets other ranges, other
+    8-bit types or equalised weights. The float file stays where nothing is faster beyond the noise.
 
     Args:
         bench: The float file, and what is made from it.
@@ -202,16 +201,13 @@ def _judge(candidate: _Candidate, bench: Workbench, judge: Judge) -> None:
     """Compare a candidate, and mend it where that can be done."""
     if candidate.built is None:
         return
-    failed: list[str] = []
     if candidate.scheme == "static":
-        try:
-            candidate.built = bench.corrected(candidate.built)
-        except ExportError as error:
-            failed.append(f"static: biases corrected: {error.message}")
+        candidate.built = bench.corrected(candidate.built)
+        candidate.notes = list(candidate.built.notes)
     candidate.agreement = judge.of(candidate.built.path)
-    candidate.notes = list(candidate.built.notes)
     reason = judge.against(candidate.agreement)
     if reason is not None and candidate.scheme == "static" and candidate.agreement.cosine >= _HOPELESS:
+        failed: list[str] = []
         for how, built in _mended(bench, failed):
             found = judge.of(built.path)
             right = judge.against(found) is None
@@ -221,39 +217,25 @@ def _judge(candidate: _Candidate, bench: Workbench, judge: Judge) -> None:
             if right:
                 reason = None
                 break
-    candidate.notes += failed
+        candidate.notes += failed
     if reason is not None:
         candidate.why = reason
 
 
 def _mended(bench: Workbench, notes: list[str]) -> Iterator[tuple[str, Built]]:
     """Static files that may be nearer: other ranges, other 8-bit types, equal ranges in channels."""
-
-    def of_ranges(method: str) -> tuple[Built, Path | None]:
-        return bench.static(method=method, name=f"static, {method}"), None
-
-    def of_types(what: str, int8: Int8Format) -> tuple[Built, Path | None]:
-        return bench.static(int8=int8, name=f"static, {what}"), None
-
-    def of_change(what: str, change: Callable[[], tuple[Path, int]]) -> tuple[Built, Path | None] | None:
-        path, count = change()
-        if not count:
-            return None
-        calibrated = bench.calibrated(path)
-        return bench.static(prepared=path, statistics=calibrated, name=f"static, {what}"), path
-
-    ways: list[tuple[str, Callable[[], tuple[Built, Path | None] | None]]] = []
     for method in ("percentile", "mse", "entropy"):
         if method != bench.options.method:
-            ways.append((f"ranges by {method}", partial(of_ranges, method)))
-    ways += [(what, partial(of_types, what, int8)) for what, int8 in exact_formats(bench.int8)]
+            yield f"ranges by {method}", bench.corrected(bench.static(method=method, name=f"static, {method}"))
+    for what, int8 in exact_formats(bench.int8):
+        yield what, bench.corrected(bench.static(int8=int8, name=f"static, {what}"))
     for what, change in (("layer norms smoothed", bench.smoothed), ("convolutions equalised", bench.equalised)):
-        ways.append((what, partial(of_change, what, change)))
-    for what, make in ways:
         try:
-            made = make()
-            if made is not None:
-                yield what, bench.corrected(*made)
+            path, count = change()
+            if count:
+                calibrated = bench.calibrated(path)
+                made = bench.static(prepared=path, statistics=calibrated, name=f"static, {what}")
+                yield what, bench.corrected(made, path)
         except (ExportError, InputError) as error:
             notes.append(f"static: {what}: {error.message}")
 

@@ -27,13 +27,13 @@ _BESIDE = "torchtrim/int8/"  # before the names of what is put beside the float 
 
 @dataclass(frozen=True)
 class BiasCorrection:
-    """What correcting the biases did to a file's outputs, on data that was not used for it.
+    """What correcting the biases did to a file's outputs, on rows that it was not measured on where there are others.
 
     Attributes:
         before: The error of the outputs relative to the float file's, before: the norm of the difference over the norm.
         after: The same, after.
         corrected: How many biases were changed.
-        skipped: How many int8 layers have no bias to change.
+        skipped: How many int8 layers have no bias of their own to change.
     """
 
     before: float
@@ -51,7 +51,14 @@ class BiasCorrection:
         return {**asdict(self), "helped": self.helped}
 
     def __str__(self) -> str:
-        return f"{self.corrected} biases corrected: the outputs' error went from {self.before:.4f} to {self.after:.4f}"
+        return (
+            f"{counted(self.corrected)} corrected: the outputs' error went from {self.before:.4f} to {self.after:.4f}"
+        )
+
+
+def counted(biases: int) -> str:
+    """A number of biases, in words."""
+    return f"{biases} bias{'es' * (biases != 1)}"
 
 
 def correct_biases(
@@ -62,7 +69,8 @@ def correct_biases(
     *,
     rows: int = ROWS,
     threads: int | None = None,
-) -> BiasCorrection:
+    optimise: bool = True,
+) -> BiasCorrection | None:
     """Write a copy of an int8 file whose layers give each channel the mean that the float file's layer gives.
 
     What the mean of a channel lacks is added to the bias of every quantized Conv, Gemm, and MatMul with an Add after it
@@ -72,8 +80,6 @@ def correct_biases(
     correction of NNCF). EfficientNet-Lite0 with 7-bit weights: the outputs' error fell from 0.166 to 0.098; layer by
     layer in order, on what the corrected ones give, to 0.122 in eight times as long.
 
-    The copy is written whether it helped or not: the caller looks at `helped`.
-
     Args:
         prepared: The float file.
         quantized: What `quantize_static` made of it.
@@ -81,6 +87,12 @@ def correct_biases(
         data: Its calibration half tells the means, its other half the error.
         rows: At most so many rows of each half (up to the end of the feed).
         threads: ONNX Runtime's threads.
+        optimise: Whether the runtime may fuse nodes, see `OnnxSession`: not where sums would saturate here that do not
+            where the file will run.
+
+    Returns:
+        What it did: the copy is written whether it helped or not. None where no layer has a bias of its own, and no
+        copy is written.
 
     Raises:
         InputError: `rows` is not positive.
@@ -89,40 +101,59 @@ def correct_biases(
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise InputError("rows is positive and a whole number", found=rows)
     model, plain = onnx.load(quantized), onnx.load(prepared)
-    layers, skipped = _layers(plain.graph, model.graph)
-    corrected = 0
-    if layers:
-        errors = _put_beside(plain, model, layers)
-        with room_beside(destination) as folder:
-            both = folder / "both.onnx"
-            save_whole(plain, both)
-            axes = {error: layer.axis for error, layer in zip(errors, layers, strict=True)}
-            lacking = _means(both, _up_to(data.calibration(), rows), axes, threads)
-        biases = _Biases(model.graph)
-        corrected = sum(biases.add(layer.bias, lacking[e]) for e, layer in zip(errors, layers, strict=True))
+    biases = _Biases(model.graph)
+    layers, skipped = _layers(plain.graph, model.graph, biases)
+    if not layers:
+        return None
+    errors = _put_beside(plain, model, layers)
+    with room_beside(destination) as folder:
+        both = folder / "both.onnx"
+        save_whole(plain, both)
+        axes = {error: layer.axis for error, layer in zip(errors, layers, strict=True)}
+        lacking = _means(both, _up_to(data.calibration(), rows), axes, threads, optimise)
+    pairs = zip(layers, errors, strict=True)
+    corrected = sum(biases.add(layer.bias, lacking[error]) for layer, error in pairs)
     save_whole(model, destination)
-    return BiasCorrection(
-        before=output_error(prepared, quantized, _up_to(data.comparison(), rows), threads),
-        after=output_error(prepared, destination, _up_to(data.comparison(), rows), threads),
-        corrected=corrected,
-        skipped=skipped,
-    )
+    feeds = _up_to(data.comparison(), rows)
+    before, after = output_errors(prepared, (quantized, destination), feeds, threads, optimise=optimise)
+    return BiasCorrection(before, after, corrected, skipped + len(layers) - corrected)
 
 
-def output_error(reference: Path, changed: Path, feeds: Iterable[Feed], threads: int | None = None) -> float:
-    """How far the float outputs of one file are from those of another: the norm of the difference over the norm.
+def output_errors(
+    reference: Path,
+    changed: Sequence[Path],
+    feeds: Iterable[Feed],
+    threads: int | None = None,
+    *,
+    optimise: bool = True,
+) -> list[float]:
+    """How far the float outputs of files are from those of another: the norm of the difference over the norm.
+
+    What is infinite in both does not count; outputs of other shapes, or infinite in one, are infinitely far.
 
     Raises:
         ExportError: A file that does not run.
     """
-    one, other = (OnnxSession(path, threads=threads) for path in (reference, changed))
-    wrong = whole = 0.0
+    first, *others = (OnnxSession(path, threads=threads, optimise=optimise) for path in (reference, *changed))
+    wrong, whole = np.zeros(len(others)), 0.0
     for feed in feeds:
-        for a, b in zip(one.run(feed), other.run(feed), strict=True):
-            if np.issubdtype(a.dtype, np.floating):
-                wrong += float(((a.astype(np.float64) - b) ** 2).sum())
-                whole += float((a.astype(np.float64) ** 2).sum())
-    return float(np.sqrt(wrong / whole)) if whole else 0.0
+        expected = [array for array in first.run(feed) if np.issubdtype(array.dtype, np.floating)]
+        whole += sum(float((_finite(array) ** 2).sum()) for array in expected)
+        for i, other in enumerate(others):
+            found = [array for array in other.run(feed) if np.issubdtype(array.dtype, np.floating)]
+            wrong[i] += sum(_distance(a, b) for a, b in zip(expected, found, strict=True))
+    return [float(np.sqrt(each / whole)) if whole else 0.0 for each in wrong]
+
+
+def _finite(array: NDArray[Any]) -> NDArray[np.float64]:
+    return np.where(np.isfinite(array), array, 0).astype(np.float64)
+
+
+def _distance(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """The square of the norm of the difference."""
+    if a.shape != b.shape or (np.isfinite(a) != np.isfinite(b)).any():
+        return np.inf
+    return float(((_finite(a) - _finite(b)) ** 2).sum())
 
 
 @dataclass(frozen=True)
@@ -135,11 +166,10 @@ class _Layer:
     bias: str
 
 
-def _layers(before: onnx.GraphProto, after: onnx.GraphProto) -> tuple[list[_Layer], int]:
-    """The int8 layers with a bias in the order they run, and how many have none."""
+def _layers(before: onnx.GraphProto, after: onnx.GraphProto, biases: _Biases) -> tuple[list[_Layer], int]:
+    """The int8 layers with a bias of their own, and how many have none."""
     named = {node.name: node for node in before.node}
     dequantized = {name for node in after.node if node.op_type == "DequantizeLinear" for name in node.output}
-    constants = {tensor.name: tensor for tensor in after.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in after.node:
         for name in node.input:
@@ -152,21 +182,20 @@ def _layers(before: onnx.GraphProto, after: onnx.GraphProto) -> tuple[list[_Laye
             continue
         bias = node.input[2] if node.op_type != "MatMul" and len(node.input) > 2 else ""
         if node.op_type == "MatMul":
-            bias = _added(readers.get(node.output[0], []), node.output[0], constants)
-        if not bias:
+            bias = _added(readers.get(node.output[0], []), node.output[0])
+        scaled = any(each.name == "beta" and each.f != 1 for each in node.attribute)  # of a Gemm: its bias's factor
+        if scaled or not biases.can_change(bias):
             skipped += 1
             continue
-        axis = 1 if node.op_type == "Conv" else -1
-        found.append(_Layer(original, node, axis, bias))
+        found.append(_Layer(original, node, 1 if node.op_type == "Conv" else -1, bias))
     return found, skipped
 
 
-def _added(readers: Sequence[onnx.NodeProto], given: str, constants: Mapping[str, onnx.TensorProto]) -> str:
-    """The constant that the only reader adds to each channel, or nothing."""
+def _added(readers: Sequence[onnx.NodeProto], given: str) -> str:
+    """What the only reader adds, or nothing."""
     if len(readers) != 1 or readers[0].op_type != "Add":
         return ""
-    other = next((name for name in readers[0].input if name != given), "")
-    return other if other in constants and len(constants[other].dims) == 1 and constants[other].dims[0] > 1 else ""
+    return next((name for name in readers[0].input if name != given), "")
 
 
 def _put_beside(plain: onnx.ModelProto, model: onnx.ModelProto, layers: Sequence[_Layer]) -> list[str]:
@@ -232,7 +261,6 @@ class _Biases:
     """The biases of a graph: float constants, or int32 ones with a scale. A constant is changed for one layer only."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
-        self._graph = graph
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
         self._makers = {name: node for node in graph.node for name in node.output}
         self._readers: dict[str, int] = {}
@@ -240,35 +268,48 @@ class _Biases:
             for name in node.input:
                 self._readers[name] = self._readers.get(name, 0) + 1
 
+    def can_change(self, bias: str) -> bool:
+        """Whether it is a constant in one dimension that nothing else reads."""
+        held = self._held(bias)
+        known = all(name in self._tensors for name in held)
+        return known and self._readers.get(bias) == 1 and len(self._tensors[held[0]].dims) == 1
+
     def add(self, bias: str, shift: NDArray[np.float64]) -> bool:
-        """Add to a bias; False where that cannot be done."""
-        maker = self._makers.get(bias)
-        name = bias if maker is None else maker.input[0]
-        if self._readers.get(bias, 0) > 1 or name not in self._tensors:
-            return False  # one bias of several layers: what one lacks is wrong for the others
-        shift = np.nan_to_num(shift, posinf=0, neginf=0)  # a masked row may be infinite in both files
+        """Add to a bias; False where its values are not those of the channels."""
+        name, *scales = self._held(bias)
         tensor = self._tensors[name]
         held = numpy_helper.to_array(tensor)
-        if maker is None:
-            changed = (held.astype(np.float64) + shift.reshape(held.shape)).astype(held.dtype)
+        if held.shape != shift.shape:
+            return False
+        changed = held.astype(np.float64)
+        if scales:
+            scale = np.broadcast_to(numpy_helper.to_array(self._tensors[scales[0]]), held.shape).astype(np.float64)
+            changed += np.round(np.divide(shift, scale, out=np.zeros(held.shape), where=scale != 0))
+            changed = np.clip(changed, -_INT32, _INT32)
         else:
-            scale = numpy_helper.to_array(self._tensors[maker.input[1]]).astype(np.float64)
-            steps = held.astype(np.float64) + np.round(shift / np.maximum(scale, np.finfo(np.float32).tiny))
-            changed = np.clip(steps, -_INT32, _INT32).astype(held.dtype)
-        tensor.CopyFrom(numpy_helper.from_array(changed, name))
+            changed += shift
+        tensor.CopyFrom(numpy_helper.from_array(changed.astype(held.dtype), name))
         return True
+
+    def _held(self, bias: str) -> list[str]:
+        """The constant that holds a bias, and that of its scale where it has one."""
+        maker = self._makers.get(bias)
+        if maker is None:
+            return [bias]
+        return list(maker.input[:2]) if maker.op_type == "DequantizeLinear" else [""]
 
 
 def _means(
-    path: Path, feeds: Iterable[Feed], axes: Mapping[str, int], threads: int | None
+    path: Path, feeds: Iterable[Feed], axes: Mapping[str, int], threads: int | None, optimise: bool
 ) -> dict[str, NDArray[np.float64]]:
     """The mean of each channel of some tensors."""
     sums: dict[str, NDArray[np.float64]] = {}
     counts: dict[str, int] = dict.fromkeys(axes, 0)
-    with Tapped(path, list(axes), threads=threads) as tapped:
+    with Tapped(path, list(axes), threads=threads, optimise=optimise) as tapped:
         for feed in feeds:
             for values in tapped.run(feed):
-                for name, array in values.items():
+                for name, whole in values.items():
+                    array = np.where(np.isfinite(whole), whole, 0)
                     channels = np.moveaxis(array, axes[name], 0).reshape(array.shape[axes[name]], -1)
                     sums[name] = sums.get(name, np.zeros(len(channels))) + channels.sum(1, dtype=np.float64)
                     counts[name] += channels.shape[1]

@@ -192,6 +192,7 @@ class Tapped:
         threads: ONNX Runtime's threads.
         memory: Bytes that one run may give back.
         outputs: Whether the file's own outputs are given as well.
+        optimise: Whether the runtime may fuse nodes, see `OnnxSession`.
 
     Raises:
         ExportError: A tensor that the file does not have; no room for the copy.
@@ -205,8 +206,9 @@ class Tapped:
         threads: int | None = None,
         memory: int = MEMORY,
         outputs: bool = False,
+        optimise: bool = True,
     ) -> None:
-        self._open = ExitStack()
+        self._open, self._optimise = ExitStack(), optimise
         self._path, self._threads, self._memory = path, threads, memory
         model = onnx.load(path, load_external_data=False)
         graph = model.graph
@@ -238,7 +240,7 @@ class Tapped:
         with ExitStack() as opened:  # which cleans up where something fails in here
             copy = opened.enter_context(room_beside(self._path)) / "tapped.onnx"
             _save_beside(self._model, self._path, copy)
-            self._session = OnnxSession(copy, threads=self._threads)
+            self._session = OnnxSession(copy, threads=self._threads, optimise=self._optimise)
             self._open = opened.pop_all()
         return self
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from torchtrim.bench.int8_format import VNNI
-from torchtrim.bench.machine import machine
 from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import ExportError
 from torchtrim.export.auto import choose
@@ -156,14 +154,7 @@ def _notes(built: Built, bench: Workbench, precision: str) -> list[str]:
         notes.append(f"nothing was quantized: the model has no {what} with float32 weights; it is {precision}")
     if built.scheme == "dynamic" and "Conv" in bench.options.ops:
         notes.append("dynamic int8 convolutions are usually slower than float32 ones")
-    has = set(machine().instructions)
-    if (
-        built.scheme in ("dynamic", "static")
-        and built.nodes
-        and bench.target.name in ("cpu", "openvino")
-        and not bench.int8.reduce_range
-        and "avx2" in has
-        and not has & VNNI
-    ):
+    here = bench.target.name in ("cpu", "openvino")
+    if built.scheme in ("dynamic", "static") and built.nodes and here and bench.saturates:
         notes.append("this processor has no VNNI: reduce_range=True avoids overflow in its 8-bit sums")
     return notes

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import onnx
 
-from torchtrim.bench.int8_format import Int8Format, best_format
+from torchtrim.bench.int8_format import VNNI, Int8Format, best_format
 from torchtrim.bench.machine import machine
-from torchtrim.errors import InputError
+from torchtrim.errors import ExportError, InputError
 from torchtrim.export.bfloat16 import to_bfloat16
-from torchtrim.export.bias_correction import correct_biases
+from torchtrim.export.bias_correction import correct_biases, counted
 from torchtrim.export.calibration import Statistics, calibrate
 from torchtrim.export.calibration_data import CalibrationData, Feed
 from torchtrim.export.cuda_int8 import quantize_for_cuda
@@ -61,19 +61,14 @@ class Built:
         scheme: Its scheme: `dynamic`, `static`, ...
         path: Where it lies, in the workbench's folder.
         nodes: How many nodes compute in int8, or hold int8 weights.
-        corrected: How many biases make up for what rounding shifts.
+        notes: What there is to know of it.
     """
 
     name: str
     scheme: str
     path: Path
     nodes: int
-    corrected: int = 0
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What was done to its biases, in words."""
-        return (f"{self.scheme}: {self.corrected} biases make up for what rounding shifts",) if self.corrected else ()
+    notes: tuple[str, ...] = ()
 
 
 class Workbench:
@@ -138,6 +133,12 @@ class Workbench:
         found = best_format(machine())
         asked = self.options.reduce_range
         return found if asked is None else found._replace(reduce_range=asked)
+
+    @property
+    def saturates(self) -> bool:
+        """Whether sums of these 8-bit types overflow on this processor."""
+        has = set(machine().instructions)
+        return not self.int8.reduce_range and "avx2" in has and not has & VNNI
 
     def calibrated(self, prepared: Path) -> Statistics:
         """The calibration of a float file."""
@@ -281,16 +282,27 @@ class Workbench:
     def corrected(self, built: Built, prepared: Path | None = None) -> Built:
         """A file with static layers whose biases make up for the shift that rounding gives each channel.
 
-        The file itself, where that does not bring its outputs nearer, or where the model was trained with its rounding.
-
-        Raises:
-            ExportError: It does not run.
+        The file itself, where that does not bring its outputs nearer or cannot be done, where there is no data, and
+        where the model was trained with its rounding.
         """
         if self.data is None or self.trained is not None or not built.nodes:
             return built
         path = self.place(f"{built.name}, biases corrected")
-        found = correct_biases(prepared or self.prepared, built.path, path, self.data, threads=self.threads)
-        return replace(built, path=path, corrected=found.corrected) if found.corrected and found.helped else built
+        try:
+            found = correct_biases(
+                prepared or self.prepared,
+                built.path,
+                path,
+                self.data,
+                threads=self.threads,
+                optimise=self.target.name in ("cpu", "openvino") and not self.saturates,
+            )
+        except ExportError as error:
+            return replace(built, notes=(*built.notes, f"{built.scheme}: biases are not corrected: {error.message}"))
+        if found is None or not found.helped:
+            return built
+        note = f"{built.scheme}: {counted(found.corrected)} corrected for what rounding shifts"
+        return replace(built, path=path, notes=(*built.notes, note))
 
     @property
     def _form(self) -> str:
