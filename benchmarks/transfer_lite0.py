@@ -219,8 +219,8 @@ def recover(base: str, heal: Any, work: Path, train: Pictures, test: Pictures, b
         shorter, EXAMPLE, budget=tt.Budget(macs=round(macs * 2 / 3)), importance="taylor", data=calibration
     )
     minutes = round((time.process_time() - start) / torch.get_num_threads() / 60, 1)  # beside the budget of both
-    rows.add("trimmed", scored(small, test) | {"epochs": 0, "minutes": minutes})
-    for name, teacher in (("trimmed, trained", None), ("trimmed, distilled", whole)):
+    rows.add(f"{base}, trimmed", scored(small, test) | {"epochs": 0, "minutes": minutes})
+    for name, teacher in ((f"{base}, trimmed, trained", None), (f"{base}, trimmed, distilled", whole)):
         net = tt.apply(small, EXAMPLE, [])
         epochs = budget.epochs(one_step(net, teacher), len(train))
         options = {} if teacher is None else {"distill": {"temperature": 2.0, "alpha": 0.7}}
