@@ -173,6 +173,12 @@ def test_a_call_whose_inputs_are_bound_gives_the_same(tmp_path: Path) -> None:
         assert np.array_equal(bound()[0].numpy(), session.run(feed)[0])
 
 
+def test_threads_do_not_spin_while_another_candidate_is_timed(tmp_path: Path) -> None:
+    path = export_onnx(nn.Linear(4, 2), torch.zeros(1, 4), tmp_path / "linear.onnx", benchmark=False).path
+    options = OnnxSession(path, threads=2)._session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 @pytest.mark.slow
 def test_several_compiled_sizes_stay_compiled() -> None:
     """Each batch size has code of its own, however many there are: past a limit PyTorch would run eagerly, unsaid."""

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 import torchtrim as tt
-from torchtrim.export.bias_correction import correct_biases, counted, output_errors
+from torchtrim.export.bias_correction import BiasCorrection, correct_biases, counted, output_errors
 from torchtrim.export.calibration import calibrate
 from torchtrim.export.calibration_data import CalibrationData
 from torchtrim.export.prepare import prepare
@@ -42,15 +42,22 @@ def chain(path: Path, length: int = 32) -> Path:
     return path
 
 
-def test_no_layer_makes_up_for_what_those_before_it_put_right(tmp_path: Path) -> None:
-    source, path = chain(tmp_path / "source.onnx"), tmp_path / "prepared.onnx"
+def corrected_by_tensor(source: Path, given: torch.Tensor, layers: int) -> tuple[BiasCorrection, Path]:
+    """Quantize a file with one scale a tensor, in 7 bits, and correct it."""
+    folder = source.parent
+    path, quantized, corrected = (folder / f"{name}.onnx" for name in ("prepared", "int8", "corrected"))
     prepare(source, path)
-    given = torch.rand(64, 16, 4, 4, generator=torch.Generator().manual_seed(0))
-    data = CalibrationData.spool([given], nn.Identity(), path, tmp_path / "data")
+    data = CalibrationData.spool([given], nn.Identity(), path, folder / "data")
     statistics = calibrate(path, data.calibration(), calibration_tensors(path))
-    quantized = tmp_path / "int8.onnx"
-    assert quantize_static(path, quantized, statistics, per_channel=False, reduce_range=True) == 32
-    found = correct_biases(path, quantized, tmp_path / "corrected.onnx", data)
+    assert quantize_static(path, quantized, statistics, per_channel=False, reduce_range=True) == layers
+    found = correct_biases(path, quantized, corrected, data)
+    assert found is not None
+    return found, corrected
+
+
+def test_no_layer_makes_up_for_what_those_before_it_put_right(tmp_path: Path) -> None:
+    given = torch.rand(64, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    found, _ = corrected_by_tensor(chain(tmp_path / "source.onnx"), given, 32)
     assert found.corrected == 32
     assert found.after < 0.7 * found.before
 
@@ -74,14 +81,8 @@ def products(path: Path) -> Path:
 
 
 def test_bias_correction_of_matmul_and_its_add(tmp_path: Path) -> None:
-    source, path = products(tmp_path / "source.onnx"), tmp_path / "prepared.onnx"
-    prepare(source, path)
     given = torch.rand(64, 4, 8, generator=torch.Generator().manual_seed(0)) + 0.5
-    data = CalibrationData.spool([given], nn.Identity(), path, tmp_path / "data")
-    statistics = calibrate(path, data.calibration(), calibration_tensors(path))
-    quantized, corrected = tmp_path / "int8.onnx", tmp_path / "corrected.onnx"
-    assert quantize_static(path, quantized, statistics, per_channel=False, reduce_range=True) == 2
-    found = correct_biases(path, quantized, corrected, data)
+    found, corrected = corrected_by_tensor(products(tmp_path / "source.onnx"), given, 2)
     assert (found.corrected, found.skipped) == (1, 1)
     assert found.helped
     bias = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(corrected).graph.initializer}["b"]
