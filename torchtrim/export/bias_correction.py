@@ -272,7 +272,8 @@ class _Biases:
         """Whether it is a constant in one dimension that nothing else reads."""
         held = self._held(bias)
         known = all(name in self._tensors for name in held)
-        return known and self._readers.get(bias) == 1 and len(self._tensors[held[0]].dims) == 1
+        once = all(self._readers.get(name) == 1 for name in (bias, held[0]))
+        return known and once and len(self._tensors[held[0]].dims) == 1
 
     def add(self, bias: str, shift: NDArray[np.float64]) -> bool:
         """Add to a bias; False where its values are not those of the channels."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 
-from torchtrim.bench.int8_format import VNNI, Int8Format, best_format
+from torchtrim.bench.int8_format import Int8Format, best_format
 from torchtrim.bench.machine import machine
 from torchtrim.errors import ExportError, InputError
 from torchtrim.export.bfloat16 import to_bfloat16
@@ -137,8 +137,7 @@ class Workbench:
     @property
     def saturates(self) -> bool:
         """Whether sums of these 8-bit types overflow on this processor."""
-        has = set(machine().instructions)
-        return not self.int8.reduce_range and "avx2" in has and not has & VNNI
+        return best_format(machine()).reduce_range and not self.int8.reduce_range
 
     def calibrated(self, prepared: Path) -> Statistics:
         """The calibration of a float file."""
