@@ -30,6 +30,13 @@ QUICK = tuple(
     f"timm:{name}"
     for name in ("test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_nfnet", "ghostnet_050")
 )
+PRELOAD = [
+    "timm",
+    "torchvision",
+    "onnxruntime",
+    "onnxscript",
+    "torchtrim.export.onnx",
+]  # a quarter of a minute's imports
 
 
 def main() -> int:
@@ -49,7 +56,7 @@ def main() -> int:
     left.sort(key=lambda name: not name.startswith("timm:"))  # those are the small ones
     limits = {"jobs": options.jobs, "memory_gb": options.memory, "seconds": options.seconds}
     with partial.open("a", encoding="utf-8") as file:
-        for name, found in run_each(one, left, preload=["torch"], **limits):
+        for name, found in run_each(one, left, preload=PRELOAD, **limits):
             done[name] = found
             print(f"{name}: {told(found)}", file=sys.stderr, flush=True)
             if not options.models:

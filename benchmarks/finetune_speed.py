@@ -63,7 +63,7 @@ def ours(net: nn.Module, batches: Batches, device: torch.device, **options: Any)
 
 
 def pruned(net: nn.Module, batches: Batches, device: torch.device) -> None:
-    ours(net, batches, device, pruner=tt.PolynomialDecay(0.2, 0.8, end=len(batches), every=max(len(batches) // 4, 1)))
+    ours(net, batches, device, pruner=tt.PolynomialDecay(0.2, 0.8, end=len(batches)))
 
 
 WAYS: dict[str, Callable[[nn.Module, Batches, torch.device], None]] = {

@@ -94,12 +94,14 @@ def batches(
     for chosen in torch.randperm(len(pictures), generator=generator).split(size):
         if len(chosen) < 2:
             continue
-        x = F.pad(pictures[chosen], (4, 4, 4, 4))
         rows, columns = (torch.randint(0, 9, (len(chosen), 1), generator=generator) for _ in range(2))
         rows, columns = rows + torch.arange(32), columns + torch.arange(32)
         mirrored = torch.rand(len(chosen), 1, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
-        each = torch.arange(len(chosen)).reshape(-1, 1, 1)
+        # Chosen on the processor, so that the order is the same everywhere, and looked up where the pictures are.
+        chosen, rows, columns = (index.to(pictures.device) for index in (chosen, rows, columns))
+        x = F.pad(pictures[chosen], (4, 4, 4, 4))
+        each = torch.arange(len(chosen), device=x.device).reshape(-1, 1, 1)
         yield x.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2), labels[chosen]
 
 
@@ -143,15 +145,64 @@ def train(
             return 0.5 * (1 + float(torch.cos(torch.tensor(share * torch.pi))))
         return 1.0 if share < 0.6 else 0.1 if share < 0.8 else 0.01
 
+    def gradients(x: torch.Tensor, y: torch.Tensor) -> None:
+        loss = F.cross_entropy(net(x), y)
+        added = penalty() if penalty is not None else None
+        (loss if added is None else loss + added).backward()
+
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    pictures, labels = pictures.to(device), labels.to(device)
+    step = Captured(net, gradients) if torch.device(device).type == "cuda" else gradients
     for _ in range(epochs):
         for x, y in batches(pictures, labels, batch, generator):
-            loss = F.cross_entropy(net(x.to(device)), y.to(device))
-            added = penalty() if penalty is not None else None
-            optimizer.zero_grad()
-            (loss if added is None else loss + added).backward()
+            optimizer.zero_grad(set_to_none=step is gradients)
+            step(x, y)
             if after_backward is not None:
                 after_backward()
             optimizer.step()
             scheduler.step()
     net.eval()
+
+
+class Captured:
+    """A step's gradients as a CUDA graph: a network of many small layers waits for its launches more than it computes.
+
+    The graph is of the first batch's shape; another (the last batch of an epoch) is computed without it. Gradients are
+    always the same tensors, which the graph writes anew.
+
+    Args:
+        net: In train mode, on a GPU.
+        gradients: Forward and backward of a batch.
+    """
+
+    def __init__(self, net: nn.Module, gradients: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        self._net, self._gradients = net, gradients
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """The gradients of a batch; those of the one before are to be zero."""
+        if self._graph is None:
+            self._capture(x, y)
+        if x.shape != self._x.shape:
+            self._gradients(x, y)
+            return
+        self._x.copy_(x)
+        self._y.copy_(y)
+        self._graph.replay()  # type: ignore[union-attr]
+
+    def _capture(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self._x, self._y = x.clone(), y.clone()
+        held = [buffer.clone() for buffer in self._net.buffers()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._net.zero_grad(set_to_none=True)
+                self._gradients(self._x, self._y)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._net.zero_grad(set_to_none=True)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._gradients(self._x, self._y)
+        for buffer, value in zip(self._net.buffers(), held, strict=True):  # the statistics of those runs
+            buffer.data.copy_(value)

@@ -19,6 +19,7 @@ from torchtrim.errors import ExportError, InputError
 from torchtrim.export.inputs import input_names as names_of_inputs
 from torchtrim.export.outputs import free_name, named_outputs
 from torchtrim.export.quiet import quiet
+from torchtrim.export.spelled_out import SpelledOut
 from torchtrim.graph.inputs import Inputs
 
 LARGE = 2_000_000_000  # bytes; one protobuf file cannot hold more
@@ -92,16 +93,9 @@ def write_float(
         shapes = (tuple({0: batch} if own else {} for own in of_batch),)
     flat = _Flat(model, inputs)
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), SpelledOut():
             program = torch.export.export(flat, tuple(flat.tensors), dynamic_shapes=shapes, strict=False)
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                verbose=False,
-                input_names=list(names.inputs),
-                output_names=list(names.outputs),
-                opset_version=opset,
-            )
+            exported = _translated(program, names, opset)
     except Exception as error:
         # The exporter raises a dozen unrelated kinds, its own and the model's.
         fixed = "dynamic=False, if one batch size is enough" if dynamic else "another opset="
@@ -111,6 +105,7 @@ def write_float(
     if exported is None:
         raise ExportError("the exporter gave nothing back", found=type(model).__name__)
     exported.save(path, external_data=weight_bytes(model) > LARGE)
+    join_files(path)  # the exporter puts weights of more than 1.6 GB beside the file, where one could hold them
     _tidy(path, batch=of_batch.index(True) if dynamic else None)
     written = opset_of(path)
     if opset is not None and written != opset:
@@ -123,6 +118,55 @@ def write_float(
             found=inputs.describe(),
             hint="dynamic=False, if one batch size is enough",
         )
+
+
+def _translated(program: torch.export.ExportedProgram, names: Names, opset: int | None) -> Any:
+    """The exporter's file of a program.
+
+    onnxscript 0.7 loses constants when it makes a Clip of a Min and a Max: those of several clips of one tensor get one
+    name (gemma4's clipped linear layers). Such a program is translated again, with constants folded and no more.
+    """
+    for optimize in (True, False):
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            input_names=list(names.inputs),
+            output_names=list(names.outputs),
+            opset_version=opset,
+            optimize=optimize,
+        )
+        if exported is None or not _loses_constants(exported.model.graph):
+            break
+    if exported is not None and not optimize:
+        _simplify(exported.model)
+    return exported
+
+
+def _simplify(model: Any) -> None:
+    """What onnxscript's optimizer does, but for its rules that make one node of several."""
+    import onnxscript.optimizer
+    from onnx_ir.passes import common
+
+    onnxscript.optimizer.inline(model)
+    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
+    onnxscript.optimizer.remove_unused_functions(model)
+    steps: tuple[Any, ...] = (
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.NameFixPass(),
+    )
+    for step in steps:
+        step(model)
+
+
+def _loses_constants(graph: Any) -> bool:
+    """Whether a node reads what is nowhere: no input, no weight, and made by no node. Names may be the same."""
+    known = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+    read = (value for node in graph for value in node.inputs if value is not None)
+    return any(value.producer() is None and id(value) not in known for value in read)
 
 
 def opset_of(path: Path) -> int:

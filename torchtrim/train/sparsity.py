@@ -85,7 +85,7 @@ class SparsityPenalty:
         if self.kind == "bn_scale":
             return self.strength * torch.stack([part.sum() for part in self._scales()]).sum()
         lengths = self._lengths()
-        return self.strength * (lengths * self._roots.to(lengths.device)).sum()
+        return self.strength * (lengths * self._roots).sum()
 
     def add_gradients(self) -> float:
         """Add the gradients of the penalty to those of the parameters; returns the penalty."""
@@ -147,18 +147,23 @@ class SparsityPenalty:
     def _refresh(self) -> None:
         if [tuple(parameter.shape) for parameter, *_ in self._parts] != self._shapes:
             self._read()
+        # Once, and not in every step: copies to a GPU wait for it, and cannot be captured in a CUDA graph.
+        home = self._parts[0][0].device
+        if self._roots.device != home:
+            self._roots = self._roots.to(home)
+            self._parts = [(parameter, summed, index.to(home)) for parameter, summed, index in self._parts]
 
     def _scales(self) -> list[torch.Tensor]:
         return [
-            parameter.flatten()[(index < self._count).to(parameter.device)].abs() for parameter, _, index in self._parts
+            (parameter.flatten().abs() * (index < self._count).to(parameter.device)).to(self._roots.device)
+            for parameter, _, index in self._parts
         ]
 
     def _lengths(self) -> torch.Tensor:
         """The length of each unit's vector, `(units,)`."""
-        first = self._parts[0][0]
-        total = torch.zeros(self._count + 1, device=first.device)
+        total = torch.zeros(self._count + 1, device=self._roots.device)
         for parameter, summed, index in self._parts:
             squares = parameter.float().square()
             squares = squares.sum(summed) if summed else squares
-            total = total.index_add(0, index.to(total.device), squares.flatten().to(total.device))
+            total = total.index_add(0, index, squares.flatten().to(total.device))
         return (total[:-1] + _TINY).sqrt()
