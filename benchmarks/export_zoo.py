@@ -77,10 +77,11 @@ def zoo() -> list[str]:
 
 
 def one(name: str, report: Report) -> None:
-    from zoo_models import build
+    from zoo_models import build, stir
 
     torch.set_num_threads(1)
     model, x = build(name)
+    stir(model)
     generator = torch.Generator().manual_seed(1)
     data = [torch.randn((4, *x.shape[1:]), generator=generator) for _ in range(4)]
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +135,7 @@ def tables(results: dict[str, Any], wanted: int) -> list[Table]:
         steps = [found.get(step, found.get("ended", {"error": "nothing was reported"})) for step in ("float", "static")]
         notes += [f"- **{name}**: {each['error']}" for each in steps if "error" in each]
         details.append((name, *(outcome(each).split(":")[0] for each in steps)))
-    total = [f"- {len(results)} of {wanted} models were run", "- random weights, random pictures"]
+    total = [f"- {len(results)} of {wanted} models were run", "- random weights (none the same throughout a tensor), random pictures"]
     return [
         Table(
             "Export over the zoo",

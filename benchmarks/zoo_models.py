@@ -88,6 +88,17 @@ def build(name: str, *, headed: bool = False) -> tuple[nn.Module, torch.Tensor]:
     raise RuntimeError(f"{name} takes none of the sizes: {refused}")
 
 
+@torch.no_grad()
+def stir(model: nn.Module) -> None:
+    """Noise on parameters that hold one value throughout: outputs of a fresh model hardly depend on its layers.
+
+    Heads start at zero (hiera), scales of residual branches at 1e-6 (convnext): any file of such a model looks right.
+    """
+    for parameter in model.parameters():
+        if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
 def _timm_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """128 or half of the size it was made for (a multiple of 32), the lesser first; then that size."""
     channels, *made_for = model.pretrained_cfg["input_size"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,14 @@ def test_a_wider_confidence_gives_a_wider_interval() -> None:
     assert wide.ratio_low < narrow.ratio_low < narrow.ratio_high < wide.ratio_high
 
 
-def test_every_round_calls_every_candidate_in_another_order() -> None:
+def test_every_round_calls_every_candidate_and_each_comes_after_each_other() -> None:
     called: list[str] = []
-    alternating_rounds({name: partial(called.append, name) for name in "abc"}, rounds=3, warmup=1)
-    order = "".join(name for name, _ in groupby(called))
-    assert order == "abc" + "abc" + "bca" + "cab"
+    state = random.getstate()
+    samples = alternating_rounds({name: partial(called.append, name) for name in "abc"}, rounds=40, warmup=1)
+    assert {name: len(rounds) for name, rounds in samples.items()} == {"a": 40, "b": 40, "c": 40}
+    order = [name for name, _ in groupby(called)]
+    assert set(pairwise(order)) == set(permutations("abc", 2))
+    assert random.getstate() == state
 
 
 def test_a_grid_of_batches_and_threads(tmp_path: Path) -> None:

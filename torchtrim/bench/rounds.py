@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +13,10 @@ _TURN = 0.02  # seconds a candidate keeps its turn: long enough to measure fast 
 def alternating_rounds(
     runs: Mapping[str, Callable[[], object]], *, seconds: float = 1.0, rounds: int | None = None, warmup: int = 3
 ) -> dict[str, list[list[float]]]:
-    """Call candidates in turns, each round in another order.
+    """Call candidates in turns, each round in a random order.
 
-    The first call after each turn is left out: its caches belong to the candidate before.
+    The first call after each turn is left out: its caches belong to the candidate before. So does more than that (its
+    threads may still wait by spinning), and in a random order each candidate comes after each other one.
 
     Args:
         runs: What to call, by name; a call is finished when it returns.
@@ -36,10 +38,10 @@ def alternating_rounds(
         slowest = max((turns[name] + 1) * cost[name] for name in runs)
         rounds = max(5, min(500, int(seconds / max(slowest, 1e-6))))
     samples: dict[str, list[list[float]]] = {name: [] for name in runs}
-    names = list(runs)
-    for number in _with_progress(rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+    names, order = list(runs), random.Random(0)  # not the user's random state
+    for _ in _with_progress(rounds):
+        order.shuffle(names)
+        for name in names:
             if len(names) > 1:
                 runs[name]()
             samples[name].append([_seconds(runs[name]) * 1e3 for _ in range(turns[name])])
