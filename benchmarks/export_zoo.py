@@ -135,7 +135,10 @@ def tables(results: dict[str, Any], wanted: int) -> list[Table]:
         steps = [found.get(step, found.get("ended", {"error": "nothing was reported"})) for step in ("float", "static")]
         notes += [f"- **{name}**: {each['error']}" for each in steps if "error" in each]
         details.append((name, *(outcome(each).split(":")[0] for each in steps)))
-    total = [f"- {len(results)} of {wanted} models were run", "- random weights (none the same throughout a tensor), random pictures"]
+    total = [
+        f"- {len(results)} of {wanted} models were run",
+        "- random weights (none the same throughout a tensor), random pictures",
+    ]
     return [
         Table(
             "Export over the zoo",

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from torchtrim.bench.candidates import opened
 from torchtrim.bench.latency import Benchmark, OnnxFile, benchmark
 from torchtrim.bench.machine import machine
 from torchtrim.bench.rounds import alternating_rounds
@@ -81,6 +82,47 @@ def test_noise_that_both_share_is_no_difference_lost() -> None:
     assert second.verdict == "faster"
     assert second.ratio_low == pytest.approx(0.9)
     assert second.ratio_high == pytest.approx(0.9)
+
+
+def test_what_differs_from_opening_to_opening_is_no_difference() -> None:
+    """A file that was slow in one opening of three, and by chance: not slower than one that was the same in all."""
+    samples = {"a": noise(10, 0.1, rounds=60), "b": [*noise(9.8, 0.1, rounds=40), *noise(12, 0.1, rounds=20)]}
+    assert timings_of(samples)[1].verdict == "faster"
+    second = timings_of(samples, openings=[20, 20, 20])[1]
+    assert second.verdict == "no difference"
+    assert second.ratio_low < 0.99
+    assert second.ratio_high > 1.15
+    clear = timings_of({"a": samples["b"], "b": noise(5, 0.1, rounds=60)}, openings=[20, 20, 20])[1]
+    assert clear.verdict == "faster"
+
+
+def test_openings_of_unequal_rounds_are_drawn_within_their_own() -> None:
+    samples = {"a": [[1.0]] * 3 + [[2.0]] * 7, "b": [[3.0]] * 3 + [[6.0]] * 7}
+    first, second = timings_of(samples, openings=[3, 7])
+    assert (second.ratio_low, second.ratio, second.ratio_high) == (3, 3, 3)
+    assert (first.median_low_ms, first.median_ms, first.median_high_ms) == (1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "times"), [({}, 3), ({"openings": 1}, 1), ({"rounds": 2}, 2), ({"rounds": 7, "openings": 4}, 4)]
+)
+def test_files_are_opened_anew_and_models_are_not(
+    options: dict[str, Any], times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def counted(name: str, *rest: Any) -> Any:
+        made.append(name)
+        return opened(name, *rest)
+
+    monkeypatch.setattr("torchtrim.bench.latency.opened", counted)
+    net, x = nn.Linear(8, 4).eval(), torch.zeros(1, 8)
+    path = export_onnx(net, x, tmp_path / "net.onnx", benchmark=False).path
+    result = benchmark({"net": net, "file": path}, x, seconds=0.05, **options)
+    assert (made.count("net"), made.count("file")) == (1, times)
+    assert result.rounds >= 5 or "rounds" in options
+    assert result.rounds == options.get("rounds", result.rounds)
+    assert [timing.name for timing in result.timings] == ["net", "file"]
 
 
 def test_a_wider_confidence_gives_a_wider_interval() -> None:

@@ -41,6 +41,7 @@ def benchmark(
     thread_counts: Sequence[int] | None = None,
     seconds: float = 1.0,
     rounds: int | None = None,
+    openings: int = 3,
     warmup: int = 3,
     compile: bool = False,
     providers: Sequence[str] | None = None,
@@ -50,7 +51,8 @@ def benchmark(
     """Measure the latency of a model, an ONNX file or a callable, or of several side by side.
 
     Several candidates take turns: in every round each is called, in an order that changes, so that a noisy
-    machine is noisy for all. The first call after each turn is left out (its caches belong to the one before).
+    machine is noisy for all. The first call after each turn is left out (its caches belong to the one before). Files
+    are opened several times: as long as it is open, one file can be a fifth slower than the very same one beside it.
     Models run in eval mode under `torch.inference_mode`, without forward hooks that are plain functions (what these
     write to is the user's), and are left as they were. On a GPU the inputs lie there already.
 
@@ -64,6 +66,8 @@ def benchmark(
         thread_counts: Measure with each of these numbers of threads instead.
         seconds: How long to measure each candidate, about, at each batch size and number of threads.
         rounds: How many rounds instead (each calls every candidate at least once).
+        openings: How many times files are opened, each for a share of the time. The intervals count the differences
+            between them.
         warmup: Calls of each candidate before measuring.
         compile: Measure `torch.compile` of every model too.
         providers: What runs the files that are given by their path: ONNX Runtime's execution providers, or `OpenVINO`;
@@ -86,7 +90,9 @@ def benchmark(
     named = checked_candidates(model_or_path, providers)
     sizes = _checked_list("batch", batch, "batches", batches)
     counts = _checked_list("threads", threads, "thread_counts", thread_counts)
-    _check_numbers(rounds=rounds, warmup=warmup)
+    _check_numbers(rounds=rounds, openings=openings, warmup=warmup)
+    files = {name: candidate for name, candidate in named.items() if isinstance(candidate, OnnxFile)}
+    parts = min(openings, rounds or openings) if files else 1
     _check_shares(seconds=(seconds, math.inf), confidence=(confidence, 1.0))
     before = torch.get_num_threads()
     first: Inputs | None = None
@@ -108,11 +114,26 @@ def benchmark(
                         if compile and isinstance(candidate, nn.Module) and not is_compiled(candidate):
                             compiled = compiled_copy(name, candidate, inputs)
                             runners[_compiled(name)] = opened(name, compiled, inputs, used, stack)
-                    calls = {name: runner.run for name, runner in runners.items()}
-                    samples = alternating_rounds(calls, seconds=seconds, rounds=rounds, warmup=warmup)
-                kinds = {name: (runner.kind, runner.provider) for name, runner in runners.items()}
-                timings += timings_of(samples, batch=size, threads=used, confidence=confidence, kinds=kinds)
-                took.append(len(next(iter(samples.values()))))
+                    kinds = {name: (runner.kind, runner.provider) for name, runner in runners.items()}
+                    samples: dict[str, list[list[float]]] = {name: [] for name in runners}
+                    opened_for: list[int] = []
+                    for part in range(parts):
+                        for name in files if part else ():
+                            runners.pop(name)  # closed, before it is opened again
+                            runners[name] = opened(name, files[name], inputs, used, stack)
+                        calls = {name: runners[name].run for name in samples}
+                        share = None if rounds is None else (rounds + parts - 1 - part) // parts
+                        turns = alternating_rounds(
+                            calls, seconds=seconds / parts, rounds=share, least=-(-5 // parts), warmup=warmup
+                        )
+                        calls.clear()
+                        opened_for.append(len(next(iter(turns.values()))))
+                        for name, each in turns.items():
+                            samples[name] += each
+                timings += timings_of(
+                    samples, batch=size, threads=used, confidence=confidence, kinds=kinds, openings=opened_for
+                )
+                took.append(sum(opened_for))
         shown = first or given
         asked = {}
         for name, candidate in named.items() if memory else ():

@@ -11,7 +11,12 @@ _TURN = 0.02  # seconds a candidate keeps its turn: long enough to measure fast 
 
 
 def alternating_rounds(
-    runs: Mapping[str, Callable[[], object]], *, seconds: float = 1.0, rounds: int | None = None, warmup: int = 3
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    rounds: int | None = None,
+    least: int = 5,
+    warmup: int = 3,
 ) -> dict[str, list[list[float]]]:
     """Call candidates in turns, each round in a random order.
 
@@ -22,6 +27,7 @@ def alternating_rounds(
         runs: What to call, by name; a call is finished when it returns.
         seconds: How long to measure each candidate, about.
         rounds: How many rounds instead.
+        least: The fewest rounds, however long they take.
         warmup: Calls of each candidate before measuring.
 
     Returns:
@@ -36,7 +42,7 @@ def alternating_rounds(
     turns = {name: max(1, min(50, int(_TURN / max(cost[name], 1e-6)))) for name in runs}
     if rounds is None:
         slowest = max((turns[name] + 1) * cost[name] for name in runs)
-        rounds = max(5, min(500, int(seconds / max(slowest, 1e-6))))
+        rounds = max(least, min(500, int(seconds / max(slowest, 1e-6))))
     samples: dict[str, list[list[float]]] = {name: [] for name in runs}
     names, order = list(runs), random.Random(0)  # not the user's random state
     for _ in _with_progress(rounds):

@@ -74,11 +74,14 @@ def timings_of(
     threads: int = 1,
     confidence: float = 0.95,
     kinds: Mapping[str, tuple[str, str]] | None = None,
+    openings: Sequence[int] | None = None,
 ) -> tuple[Timing, ...]:
     """The figures of candidates that took turns.
 
     The intervals are percentile bootstrap intervals (Efron, 1979) over whole rounds: calls of one round share its
-    noise, so single calls are no independent samples. A ratio is drawn from the same rounds of both candidates.
+    noise, so single calls are no independent samples. A ratio is drawn from the same rounds of both candidates. Rounds
+    of one opening have something in common, too: openings are drawn first, then rounds in each (a bootstrap in two
+    stages, Davison and Hinkley, 1997, section 3.8).
 
     Args:
         samples: Milliseconds of each call, by candidate and round; the same number of rounds for each.
@@ -86,6 +89,7 @@ def timings_of(
         threads: Threads that the candidates had.
         confidence: The level of the intervals, between 0 and 1.
         kinds: The kind and the provider of each candidate.
+        openings: How many rounds there were each time that files were opened; all at once where it is None.
 
     Example:
         >>> first, second = timings_of({"a": [[2.0, 2.2], [2.1]], "b": [[1.0, 1.1], [1.0]]}, batch=4)
@@ -94,7 +98,7 @@ def timings_of(
     """
     middles = {name: np.array([np.median(turn) for turn in turns]) for name, turns in samples.items()}
     first, calls = next(iter(middles.values())), {name: np.concatenate(turns) for name, turns in samples.items()}
-    draws = np.random.default_rng(0).integers(0, len(first), size=(_DRAWS, len(first)))
+    draws = _drawn_rounds(np.array(openings or [len(first)]))
     base, base_drawn = float(np.median(next(iter(calls.values())))), np.median(first[draws], axis=1)
     timings = []
     for name, every in calls.items():
@@ -116,12 +120,22 @@ def timings_of(
                 p99_ms=float(np.quantile(every, 0.99)),
                 throughput=batch / median * 1e3,
                 ratio=median / base,
-                ratio_low=ratio_low,
-                ratio_high=ratio_high,
+                ratio_low=min(ratio_low, median / base),
+                ratio_high=max(ratio_high, median / base),
                 calls=len(every),
             )
         )
     return tuple(timings)
+
+
+def _drawn_rounds(openings: NDArray[Any]) -> NDArray[Any]:
+    """Rounds drawn anew, a row a draw: as many openings as there were, about as many rounds in each."""
+    random, starts = np.random.default_rng(0), np.cumsum(openings) - openings
+    each = -(-int(openings.sum()) // len(openings))
+    chosen = random.integers(0, len(openings), size=(_DRAWS, len(openings), 1))
+    within = random.random((_DRAWS, len(openings), each)) * openings[chosen]
+    drawn: NDArray[Any] = (starts[chosen] + within.astype(int)).reshape(_DRAWS, -1)
+    return drawn
 
 
 def _interval(drawn: NDArray[Any], confidence: float) -> tuple[float, float]:
