@@ -4,8 +4,9 @@
     python benchmarks/finetune_speed.py --quick          # a tiny network on a processor, a minute
 
 Three trainings take turns: by hand (autocast, AdamW, a cosine schedule), `tt.finetune` with the same settings, and
-`tt.finetune` with a pruner on its way to 80% zeros. All have their batches in memory. The times are of whole epochs,
-the first of each left out. Ratios are medians of the rounds' ratios. Memory on a GPU is the peak that torch allocated.
+`tt.finetune` with a pruner on its way to 80% zeros, which decides anew every 100 steps (with fewer in an epoch, at its
+start and its end). All have their batches in memory. The times are of whole epochs, the first of each left out. Ratios
+are medians of the rounds' ratios. Memory on a GPU is the peak that torch allocated.
 """
 
 from __future__ import annotations

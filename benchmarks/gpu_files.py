@@ -84,7 +84,6 @@ def timed(name: str, model: Any, x: Any, paths: dict[str, Path], batch: int) -> 
     """Latency on the GPU, and on which provider each node ran."""
     found = []
     files = {each: path for each, path in paths.items() if path.is_file() and installed(each.split()[0])}
-    # Float16 tensors of the model's own: `.half()` of what eats whole numbers leaves these alone.
     eager = model.half().cuda()
     rows = tuple(each.repeat(batch, *(1,) * (each.dim() - 1)).cuda() for each in (x if isinstance(x, tuple) else (x,)))
     halves = tuple(each.half() if each.is_floating_point() else each for each in rows)

@@ -131,7 +131,7 @@ def train(
         batch: Pictures in a batch.
         device: Where.
         seed: Of the order and the augmentation.
-        penalty: Something to add to the loss.
+        penalty: Something to add to the loss; on a GPU it is captured, so that it computes the same in every step.
         after_backward: Called between backward and the step.
     """
     generator = torch.Generator().manual_seed(seed)

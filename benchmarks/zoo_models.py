@@ -90,12 +90,16 @@ def build(name: str, *, headed: bool = False) -> tuple[nn.Module, torch.Tensor]:
 
 @torch.no_grad()
 def stir(model: nn.Module) -> None:
-    """Noise on parameters that hold one value throughout: outputs of a fresh model hardly depend on its layers.
+    """Put noise on parameters that hold one value throughout: a fresh model's outputs hardly depend on its layers else.
 
     Heads start at zero (hiera), scales of residual branches at 1e-6 (convnext): any file of such a model looks right.
     """
     for parameter in model.parameters():
-        if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+        if (
+            parameter.is_floating_point()
+            and parameter.numel() > 1
+            and bool((parameter == parameter.flatten()[0]).all())
+        ):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 

@@ -48,6 +48,19 @@ def test_a_units_length_is_that_of_all_that_goes_with_it() -> None:
     assert float(penalty().detach()) == pytest.approx(expected, rel=1e-5)
 
 
+def test_scales_are_summed_up_but_for_protected_channels() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(216, 4)
+    )
+    for norm in (net[1], net[3]):
+        nn.init.normal_(norm.weight)
+    first, second = (float(norm.weight.detach().abs().sum()) for norm in (net[1], net[3]))
+    every = tt.SparsityPenalty(net, X, "bn_scale", strength=0.5)()
+    assert float(every.detach()) == pytest.approx(0.5 * (first + second), rel=1e-5)
+    one = tt.SparsityPenalty(net, X, "bn_scale", strength=0.5, protect="0")()
+    assert float(one.detach()) == pytest.approx(0.5 * second, rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["group_lasso", "bn_scale"])
 def test_added_gradients_are_those_of_the_penalty_in_the_loss(kind: str) -> None:
     one, other = Net(), Net()
@@ -82,6 +95,16 @@ def test_it_follows_a_model_that_is_pruned_in_place() -> None:
     assert len(penalty.lengths()["wide"]) == 40
     penalty().backward()
     assert net.wide.weight.grad is not None and net.wide.weight.grad.shape[0] == 40
+
+
+def test_lengths_that_are_read_without_gradients_leave_the_penalty_with_them() -> None:
+    net = Net()
+    penalty = tt.SparsityPenalty(net, X)
+    tt.delete_channels(net, X, "wide", range(24), copy=False)
+    with torch.inference_mode():
+        assert len(penalty.lengths()["wide"]) == 40
+    penalty().backward()
+    assert net.wide.weight.grad is not None
 
 
 def test_what_it_cannot_be_used_for_is_said() -> None:

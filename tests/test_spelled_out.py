@@ -54,6 +54,29 @@ def test_grouped_heads_and_a_mask_for_each_row(lead: tuple[int, ...]) -> None:
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("keys", [(1, 3, 4, 6, 8), (2, 1, 4, 6, 8), (2, 3, 1, 6, 8), (4, 6, 8)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"attn_mask": torch.arange(30).reshape(5, 6) % 7 > 0}], ids=["plain", "mask"])
+def test_keys_are_broadcast_to_the_query_and_back(keys: tuple[int, ...], options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 3, 4, 5, 8), torch.randn(keys)
+    full = key.expand(2, 3, 4, 6, 8)
+    with SpelledOut():
+        found = F.scaled_dot_product_attention(query, key, key, **options)
+        other = F.scaled_dot_product_attention(query[:1], full, full, **options)
+    assert torch.allclose(found, F.scaled_dot_product_attention(query, full, full, **options), atol=1e-6)
+    first = query[:1].expand_as(query)
+    assert torch.allclose(other, F.scaled_dot_product_attention(first, full, full, **options), atol=1e-6)
+
+
+def test_a_mask_of_another_precision() -> None:
+    query = torch.randn(2, 3, 5, 8, dtype=torch.bfloat16)
+    expected = F.scaled_dot_product_attention(query, query, query, FLOATS.bfloat16())
+    with SpelledOut():
+        found = F.scaled_dot_product_attention(query, query, query, FLOATS)
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found, expected, atol=0.05)
+
+
 class Attention(nn.Module):
     """Attention of tokens that have axes in front."""
 
@@ -79,6 +102,46 @@ def test_attention_of_other_than_four_axes_is_exported(axes: int, options: dict[
     assert found.verification.batches == (1, 2, 3)
 
 
+class Learned(nn.Module):
+    """One learned query for all rows, and a mask of each row's tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 2, 3, 8))
+
+    def forward(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        keys = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        return F.scaled_dot_product_attention(self.query, keys, keys, seen[:, None, None, :] > 0)
+
+
+def test_a_learned_query_and_a_mask_of_booleans(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 5, 16), torch.ones(4, 5, dtype=torch.long)
+    found = tt.export_onnx(Learned(), inputs, tmp_path / "net.onnx", benchmark=False)
+    assert found.verification is not None
+    assert found.verification.passed
+    assert operators(found.path)["Expand"] == 0
+
+
+def test_attention_of_pytorchs_own_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+    found = tt.export_onnx(net, torch.randn(2, 5, 16), tmp_path / "net.onnx", benchmark=False)
+    assert found.verification is not None
+    assert found.verification.passed
+    assert operators(found.path)["Shape"] <= 1
+    assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+
+
+@pytest.mark.parametrize(("opset", "operator"), [(18, "Softmax"), (23, "Attention")])
+def test_where_onnx_has_attention_it_is_used(opset: int, operator: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit").eval()
+    x = torch.randn(1, 3, 160, 160)
+    found = tt.export_onnx(net, x, tmp_path / "net.onnx", opset=opset, benchmark=False)
+    assert operators(found.path)[operator] == len(net.blocks)
+
+
 def test_keys_are_transposed_by_one_node(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = timm.create_model("test_vit").eval()
@@ -96,7 +159,7 @@ def test_an_average_of_channels_that_lie_last_gathers_nothing(tmp_path: Path) ->
     assert not {"Gather", "Range", "Shape"} & set(found), found
 
 
-def test_other_averages_stay() -> None:
+def test_averages_are_the_same() -> None:
     x = torch.randn(2, 3, 8, 8)
     for size in (1, (1, 1), [1, 1], 4, (2, 4), (None, 1)):
         with SpelledOut():
@@ -135,7 +198,15 @@ class ClippedByScalars(Clipped):
         return sum((layer(torch.clamp(x, *both)) for layer, both in zip(self.layers, bounds, strict=True)), 0 * x)
 
 
-@pytest.mark.parametrize("kind", [Clipped, ClippedByScalars])
+class Twice(ClippedByScalars):
+    """One tensor returned twice."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = super().forward(x)
+        return y, y
+
+
+@pytest.mark.parametrize("kind", [Clipped, ClippedByScalars, Twice])
 def test_clips_of_one_tensor_keep_their_bounds(kind: type[nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = kind().eval()

@@ -18,10 +18,10 @@ def alternating_rounds(
     least: int = 5,
     warmup: int = 3,
 ) -> dict[str, list[list[float]]]:
-    """Call candidates in turns, each round in a random order.
+    """Call candidates in turns, each round in a random order or the last one backwards.
 
-    The first call after each turn is left out: its caches belong to the candidate before. So does more than that (its
-    threads may still wait by spinning), and in a random order each candidate comes after each other one.
+    The first call after each turn is left out: its caches belong to the candidate before. That one may leave threads
+    that still spin, too; in a random order each candidate comes after each other one.
 
     Args:
         runs: What to call, by name; a call is finished when it returns.
@@ -45,8 +45,11 @@ def alternating_rounds(
         rounds = max(least, min(500, int(seconds / max(slowest, 1e-6))))
     samples: dict[str, list[list[float]]] = {name: [] for name in runs}
     names, order = list(runs), random.Random(0)  # not the user's random state
-    for _ in _with_progress(rounds):
-        order.shuffle(names)
+    for number in _with_progress(rounds):
+        if number % 2:
+            names.reverse()  # so that nobody comes first by luck where there are few rounds
+        else:
+            order.shuffle(names)
         for name in names:
             if len(names) > 1:
                 runs[name]()

@@ -23,6 +23,7 @@ from torchtrim.export.spelled_out import SpelledOut
 from torchtrim.graph.inputs import Inputs
 
 LARGE = 2_000_000_000  # bytes; one protobuf file cannot hold more
+ATTENTION = 23  # the opset from which on ONNX has an operator for attention
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def write_float(
         shapes = (tuple({0: batch} if own else {} for own in of_batch),)
     flat = _Flat(model, inputs)
     try:
-        with torch.no_grad(), quiet(), SpelledOut():
+        with torch.no_grad(), quiet(), SpelledOut(keep_attention=(opset or 0) >= ATTENTION):
             program = torch.export.export(flat, tuple(flat.tensors), dynamic_shapes=shapes, strict=False)
             exported = _translated(program, names, opset)
     except Exception as error:
@@ -155,7 +156,10 @@ def _simplify(model: Any) -> None:
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
         common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
         common.NameFixPass(),
     )
     for step in steps:

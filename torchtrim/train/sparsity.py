@@ -144,6 +144,8 @@ class SparsityPenalty:
         owner, _, name = path.rpartition(".")
         return name == "weight" and isinstance(self.model.get_submodule(owner), nn.modules.batchnorm._BatchNorm)
 
+    @torch.inference_mode(False)  # what is kept here goes into later backward passes
+    @torch.no_grad()
     def _refresh(self) -> None:
         if [tuple(parameter.shape) for parameter, *_ in self._parts] != self._shapes:
             self._read()
