@@ -136,10 +136,9 @@ def test_attention_of_pytorchs_own_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("opset", "operator"), [(18, "Softmax"), (23, "Attention")])
 def test_where_onnx_has_attention_it_is_used(opset: int, operator: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = timm.create_model("test_vit").eval()
-    x = torch.randn(1, 3, 160, 160)
+    net, x = Attention(4), torch.randn(2, 8, 8)
     found = tt.export_onnx(net, x, tmp_path / "net.onnx", opset=opset, benchmark=False)
-    assert operators(found.path)[operator] == len(net.blocks)
+    assert operators(found.path)[operator] == 1
 
 
 def test_keys_are_transposed_by_one_node(tmp_path: Path) -> None:
@@ -152,11 +151,25 @@ def test_keys_are_transposed_by_one_node(tmp_path: Path) -> None:
     assert found["Reshape"] <= 2 * blocks + 1
 
 
+class ChannelsLast(nn.Module):
+    """A norm over channels, as convnext has them, around an average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.pool, self.head = (
+            nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 4)
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.norm(self.pool(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head(x.flatten(1))
+
+
 def test_an_average_of_channels_that_lie_last_gathers_nothing(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = timm.create_model("test_convnext").eval()
-    found = operators(tt.export_onnx(net, torch.randn(1, 3, 160, 160), tmp_path / "net.onnx", benchmark=False).path)
-    assert not {"Gather", "Range", "Shape"} & set(found), found
+    found = tt.export_onnx(ChannelsLast().eval(), torch.randn(2, 3, 16, 16), tmp_path / "net.onnx", benchmark=False)
+    assert not {"Gather", "Range", "Shape"} & set(operators(found.path)), operators(found.path)
 
 
 def test_averages_are_the_same() -> None:
@@ -206,7 +219,7 @@ class Twice(ClippedByScalars):
         return y, y
 
 
-@pytest.mark.parametrize("kind", [Clipped, ClippedByScalars, Twice])
+@pytest.mark.parametrize("kind", [Clipped, Twice])
 def test_clips_of_one_tensor_keep_their_bounds(kind: type[nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = kind().eval()
