@@ -525,3 +525,25 @@ def test_channels_of_nothing_keep_their_bias(tmp_path: Path, options: dict[str, 
         right = model(data).numpy()
     found = OnnxSession(int8).run({names.inputs[0]: data.numpy()})[0]
     assert np.abs(found - right).max() < 0.05 * np.abs(right).max()
+
+
+class Stacked(nn.Module):
+    """A product with several matrices at once, as gemma4's table of positions and grouped layers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(6, 4)
+        self.several = nn.Parameter(torch.randn(2, 8, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last((self.first(x) @ self.several).relu())
+
+
+@pytest.mark.parametrize(("scheme", "nodes"), [("static", 3), ("dynamic", 2), ("mixed", None)])
+def test_weights_that_are_no_matrix(scheme: str, nodes: int | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, data = Stacked().eval(), list(torch.randn(4, 8, 2, 5, 8))
+    found = tt.export_onnx(net, data[0], tmp_path / "net.onnx", quantize=scheme, data=data, benchmark=False)
+    assert found.verification is not None
+    assert found.verification.passed
+    assert nodes is None or found.quantized_nodes == nodes

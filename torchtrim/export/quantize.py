@@ -11,6 +11,7 @@ from torchtrim.errors import ExportError
 from torchtrim.export.kernels import has_kernel
 from torchtrim.export.quiet import quiet
 from torchtrim.export.rewrite import save_model, sort_nodes
+from torchtrim.export.weight_types import stacked_products
 
 DYNAMIC_OPS = ("MatMul", "Gemm")
 _QUANTIZABLE = ("MatMul", "Gemm", "Conv", "Attention", "EmbedLayerNormalization", "Gather", "LSTM")
@@ -37,7 +38,8 @@ def quantize_dynamic(
 ) -> int:
     """Write a copy of an ONNX file with int8 weights, whose activations are quantized to uint8 while it runs.
 
-    Products of two activations, as in attention, stay in float.
+    Products of two activations, as in attention, stay in float; so do those with weights that are no matrix, where
+    `per_channel` asks for what ONNX Runtime has no kernel for.
 
     Args:
         prepared: A float file that `prepare` wrote, or one in which other nodes are static int8 already.
@@ -60,6 +62,7 @@ def quantize_dynamic(
     ops = checked_ops(ops)
     if nodes is not None and not nodes:  # to ONNX Runtime an empty list means every node
         raise ExportError("no nodes to quantize", path=prepared.name, expected="at least one")
+    stacked = stacked_products(onnx.load(prepared, load_external_data=False).graph) if per_channel else []
     try:
         with quiet():
             ort_quantize_dynamic(
@@ -68,6 +71,7 @@ def quantize_dynamic(
                 op_types_to_quantize=list(ops),
                 # ONNX Runtime makes a MatMul and an Add of a Gemm before it looks at the names.
                 nodes_to_quantize=None if nodes is None else sorted({*nodes, *(f"{name}_MatMul" for name in nodes)}),
+                nodes_to_exclude=[node.name for node in stacked],
                 per_channel=per_channel,
                 reduce_range=reduce_range,
                 weight_type=QuantType.QInt8,

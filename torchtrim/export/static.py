@@ -17,7 +17,7 @@ from torchtrim.export.quiet import quiet
 from torchtrim.export.ranges import METHODS
 from torchtrim.export.tensorrt_form import pair_residuals, residual_inputs
 from torchtrim.export.trained import overrides
-from torchtrim.export.weight_types import weight_types
+from torchtrim.export.weight_types import stacked_weights, weight_types
 
 FORMS = ("cpu", "tensorrt")
 _TYPES = ("uint8", "int8")
@@ -99,6 +99,8 @@ def quantize_static(
         types_of = weight_types(model, chosen, exact, unsigned=weights == "uint8", per_channel=per_channel)
         # A weight that was trained in so many steps keeps them.
         options["TensorQuantOverrides"] = {name: each for name, each in types_of.items() if name not in (levels or {})}
+    if per_channel:
+        options["TensorQuantOverrides"] |= stacked_weights(model, chosen, types[weights], reduce_range=reduce_range)
     if levels:
         options["TensorQuantOverrides"] |= overrides(model, levels, 64 if reduce_range else 127)
     asked = {name: (np.array(low, np.float32), np.array(high, np.float32)) for name, (low, high) in ranges.items()}

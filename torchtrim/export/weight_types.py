@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def weight_types(
     for node in model.graph.node:
         if node.name in chosen and node.op_type in _PRODUCTS and node.input[1] in constants:
             readers[node.input[1]].append(node)
-    sizes = _sizes(model)
+    sizes, stacked = _sizes(model), {node.input[1] for node in stacked_products(model.graph)}
     found: dict[str, list[dict[str, Any]]] = {}
     products: dict[str, tuple[float, float, int]] = {}  # by weight: its error, its multiplications, its axis
     for name, nodes in readers.items():
@@ -64,7 +65,7 @@ def weight_types(
             found[name] = typed(QuantType.QInt8, 0)
         elif kinds == {False} and (exact or unsigned):
             axes = {_axis(node) for node in nodes}
-            if len(axes) > 1 or len(constants[name].dims) < 2:
+            if len(axes) > 1 or len(constants[name].dims) < 2 or name in stacked:
                 continue
             axis = axes.pop()
             weight: _Weight = numpy_helper.to_array(constants[name])
@@ -80,6 +81,20 @@ def weight_types(
             room -= count
             found[name] = typed(QuantType.QUInt8, axis)
     return found
+
+
+def stacked_weights(
+    model: onnx.ModelProto, chosen: Collection[str], kind: Any, *, reduce_range: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """One scale for each weight of a MatMul that is no matrix: ONNX Runtime has no kernel for one in each channel."""
+    override = {"quant_type": kind, "symmetric": True, "reduce_range": reduce_range}
+    return {node.input[1]: [dict(override)] for node in stacked_products(model.graph) if node.name in chosen}
+
+
+def stacked_products(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The MatMul nodes whose constant weights are no matrix but several, or a vector."""
+    ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    return [node for node in graph.node if node.op_type == "MatMul" and ranks.get(node.input[1], 2) != 2]
 
 
 def is_depthwise(node: onnx.NodeProto, shape: list[int]) -> bool:
