@@ -129,7 +129,8 @@ def test_attention_of_pytorchs_own_layers(tmp_path: Path) -> None:
     found = tt.export_onnx(net, torch.randn(2, 5, 16), tmp_path / "net.onnx", benchmark=False)
     assert found.verification is not None
     assert found.verification.passed
-    assert operators(found.path)["Shape"] <= 1
+    ran = operators(found.path)
+    assert not {"Shape", "Slice", "Concat"} & set(ran), ran
     assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 

@@ -157,7 +157,7 @@ class SparsityPenalty:
 
     def _scales(self) -> list[torch.Tensor]:
         return [
-            (parameter.flatten().abs() * (index < self._count).to(parameter.device)).to(self._roots.device)
+            parameter.flatten().abs().where((index < self._count).to(parameter.device), 0.0).to(self._roots.device)
             for parameter, _, index in self._parts
         ]
 
