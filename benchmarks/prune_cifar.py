@@ -18,7 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Way:
         reconstruct: Whether the layers that read pruned channels are fitted anew, on training pictures.
         sparse: Whether a sparse training comes first, and which.
         engine: `"torchtrim"` or `"torch-pruning"`.
+        strength: Of the sparse training; see `ways`.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Way:
     reconstruct: bool = False
     sparse: str | None = None
     engine: str = "torchtrim"
+    strength: float = 0.0
 
 
 WAYS = (
@@ -77,13 +79,15 @@ def main() -> int:
     if options.quick:
         x, y, test = x[:512], y[:512], (test[0][:500], test[1][:500])
     job = Job(options, start, x, y, test)
-    stem = f"prune_cifar_{options.weights.stem}" + ("_paper" if options.paper else "") + "_quick" * options.quick
+    budget = "paper" if options.paper else f"{options.epochs}_epochs"
+    stem = f"prune_cifar_{options.weights.stem}_{budget}" + "_quick" * options.quick
     options.out.mkdir(parents=True, exist_ok=True)
     partial = options.out / f"{stem}.partial"
     done = _read(partial)
     whole = accuracy(copy.deepcopy(start), *test, options.device)
     print(f"as it is: {whole:.2%}, {count_macs(start, job.example):,} MACs; to be {job.target:,}", flush=True)
-    for way in WAYS:
+    tried = ways(options)
+    for way in tried:
         if way.name in done or (options.ways and way.name not in options.ways):
             continue
         found = job.run(way)
@@ -93,7 +97,7 @@ def main() -> int:
         print(f"{way.name}: {found}", flush=True)
     settings = {key: value.name if isinstance(value, Path) else str(value) for key, value in vars(options).items()}
     write(stem, {"settings": settings, "whole": whole, "results": done}, table(job, whole, done), out=options.out)
-    if len(done) == len(WAYS):
+    if all(way.name in done for way in tried):
         partial.unlink(missing_ok=True)
     return 0
 
@@ -109,7 +113,10 @@ def parse() -> Any:
     made.add_argument("--sparse-epochs", type=int, help="of sparse training (as many)")
     made.add_argument("--lr", type=float, default=0.02, help="the learning rate at the start (0.02)")
     made.add_argument("--batch", type=int, default=128, help="pictures in a batch (128)")
-    made.add_argument("--strength", type=float, default=5e-4, help="of the sparse training (5e-4)")
+    made.add_argument(
+        "--strength", type=float, nargs="*", default=[1e-5], help="of the group lasso, several if you like (1e-5)"
+    )
+    made.add_argument("--reg", type=float, default=5e-4, help="of torch-pruning's sparse learning (5e-4, its recipe's)")
     made.add_argument("--scope", default="global", help="what channels are ranked among (global)")
     made.add_argument("--round-to", type=int, default=1, help="widths are multiples of this (1)")
     made.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -126,6 +133,22 @@ def parse() -> Any:
         options.epochs, options.sparse_epochs = 1, 1
     options.sparse_epochs = options.epochs if options.sparse_epochs is None else options.sparse_epochs
     return options
+
+
+def ways(options: Any) -> list[Way]:
+    """All ways, the group lasso at each strength that is asked for.
+
+    torch-pruning's number is another: its sparse learning is a weight decay that grows with how small a group is, and
+    the group lasso pulls every group by the same length, and by the root of its size.
+    """
+    found = []
+    for way in WAYS:
+        if way.sparse == "group_lasso":
+            named = ((replace(way, name=f"{way.name}, {each:g}"), each) for each in options.strength)
+            found += [replace(each, strength=strength) for each, strength in named]
+        else:
+            found.append(replace(way, strength=options.reg))
+    return found
 
 
 class Job:
@@ -157,12 +180,12 @@ class Job:
         began = time.perf_counter()
         pruner = None
         if way.engine == "torch-pruning":
-            pruner = _theirs(net, self.example, self.options.strength, "max" if way.sparse else "mean")
+            pruner = _theirs(net, self.example, way.strength, "max" if way.sparse else "mean")
         if pruner is not None and way.sparse:
             pruner.update_regularizer()
             self._train(net, self.options.sparse_epochs, after_backward=lambda: pruner.regularize(net))
         elif way.sparse:
-            penalty = tt.SparsityPenalty(net, self.example, kind=way.sparse, strength=self.options.strength)
+            penalty = tt.SparsityPenalty(net, self.example, kind=way.sparse, strength=way.strength)
             self._train(net, self.options.sparse_epochs, penalty=penalty)
         if way.sparse:
             found["sparse"] = self._accuracy(net)
