@@ -1,14 +1,14 @@
 """Prune half of the channels of every classification model of torchvision and the smallest of each of timm's families.
 
-    python benchmarks/prune_zoo.py                           # torchtrim: 178 models, an hour or two
+    python benchmarks/prune_zoo.py                           # torchtrim: 178 models, two or three hours
     python benchmarks/prune_zoo.py --engine torch-pruning    # torch-pruning by itself, with the same settings
-    python benchmarks/prune_zoo.py --engine onnx             # export the pruned networks, and compare with PyTorch
     python benchmarks/prune_zoo.py --quick                   # a dozen small ones
     python benchmarks/prune_zoo.py timm:resnet18 torchvision:swin_t      # only these (nothing is written)
     python benchmarks/prune_zoo.py --retry                   # again what failed the last time
 
-A process a model, limited in memory and time; a run that is stopped goes on where it was. Weights are random, pictures
-as small as the model takes. Writes `prune_zoo.json` and `prune_zoo.md`, with the other engines' last results.
+A process a model, limited in memory and time; a run that is stopped goes on where it was. Weights are random (none the
+same throughout a tensor), pictures as small as the model takes. Pruned networks are exported to ONNX, and the files
+compared with PyTorch. Writes `prune_zoo.json` and `prune_zoo.md`, with the other engines' last results.
 """
 
 from __future__ import annotations

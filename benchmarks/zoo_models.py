@@ -90,17 +90,16 @@ def build(name: str, *, headed: bool = False) -> tuple[nn.Module, torch.Tensor]:
 
 @torch.no_grad()
 def stir(model: nn.Module) -> None:
-    """Put noise on parameters that hold one value throughout: a fresh model's outputs hardly depend on its layers else.
+    """Put noise on what holds one value throughout: a fresh model's outputs hardly depend on its layers else.
 
-    Heads start at zero (hiera), scales of residual branches at 1e-6 (convnext): any file of such a model looks right.
+    Heads start at zero (hiera), scales of residual branches at 1e-6 (convnext), batch norms at ones and zeros: whatever
+    is done to such a model looks right. The noise is the same each time.
     """
-    for parameter in model.parameters():
-        if (
-            parameter.is_floating_point()
-            and parameter.numel() > 1
-            and bool((parameter == parameter.flatten()[0]).all())
-        ):
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    generator = torch.Generator().manual_seed(0)
+    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    for tensor in (*model.parameters(), *(buffer for norm in norms for buffer in norm.buffers())):
+        if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
+            tensor.add_(torch.rand(tensor.shape, generator=generator), alpha=0.2)  # variances stay above zero
 
 
 def _timm_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:

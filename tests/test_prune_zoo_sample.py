@@ -24,6 +24,7 @@ SAMPLE = {
     "torchvision:shufflenet_v2_x0_5": "halves, and shuffled channels",
 }
 SMALL_ENOUGH = 0.45
+EXPORTED = ("timm:test_efficientnet",)  # the slowest step
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,12 @@ def steps() -> Any:
 def test_every_step(steps: Any, name: str) -> None:
     found: dict[str, Any] = {}
     threads = torch.get_num_threads()
-    steps.try_all(name, found.__setitem__, "torchtrim", 0.5, 8)
+    left_out = () if name in EXPORTED else ("onnx",)
+    steps.try_all(name, found.__setitem__, "torchtrim", 0.5, 8, left_out)
     torch.set_num_threads(threads)
     assert {step: reported["error"] for step, reported in found.items() if "error" in reported} == {}
-    assert [step for step in steps.ENGINES["torchtrim"] if step in found or step != "timm"] == list(found)
+    expected = [step for step in steps.ENGINES["torchtrim"] if step not in left_out]
+    assert [step for step in expected if step in found or step != "timm"] == list(found)
     assert found["macs"]["share"] <= SMALL_ENOUGH
     assert found["equal"]["verdict"] in ("equal", "equal without norms")
 
