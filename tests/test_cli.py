@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -244,6 +245,22 @@ def test_bench_times_models_and_files_side_by_side(run: Run, own_models: Path) -
         (f"net.onnx ({provider})", batch) for batch in (1, 2) for provider in ("cpu", "CPUExecutionProvider")
     ]
     assert Path("net.png").stat().st_size > 1000
+
+
+def test_bench_opens_files_as_often_as_it_is_told(run: Run, own_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("export", "ownmodels:tiny", "net.onnx", "--input", "1,3,8,8").exit_code == 0
+    opened: list[int] = []
+    real = onnxruntime.InferenceSession
+
+    def counted(*args: Any, **options: Any) -> Any:
+        opened[-1] += 1
+        return real(*args, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", counted)
+    for openings in (1, 4):
+        opened.append(0)
+        assert run("bench", "net.onnx", "--seconds", 0.05, "--openings", openings).exit_code == 0
+    assert opened[1] - opened[0] == 3
 
 
 @pytest.mark.parametrize(

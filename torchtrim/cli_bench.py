@@ -35,6 +35,9 @@ def bench(
         list[int] | None, typer.Option(help="Processor threads to time with. Once for each number.", min=1)
     ] = None,
     seconds: Annotated[float, typer.Option(help="About how long to time each.", min=0.01)] = 1.0,
+    openings: Annotated[
+        int, typer.Option(help="How many times files are opened, each for a share of the time.", min=1)
+    ] = 3,
     compile: Annotated[bool, typer.Option("--compile", help="Time torch.compile of each model too.")] = False,
     provider: Annotated[
         list[str] | None,
@@ -79,7 +82,14 @@ def bench(
         candidates[name] = named.model
         x = x or example(named, None, seed)
     result = tt.benchmark(
-        candidates, x, batches=batch, thread_counts=threads, seconds=seconds, compile=compile, memory=memory
+        candidates,
+        x,
+        batches=batch,
+        thread_counts=threads,
+        seconds=seconds,
+        openings=openings,
+        compile=compile,
+        memory=memory,
     )
     show(result, json)
     if plot is not None:
