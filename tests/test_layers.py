@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +14,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import ExportError, ExportMismatch, InputError
 from torchtrim.export.layers import compare_layers
 from torchtrim.export.onnx import export_onnx
@@ -128,6 +131,22 @@ def test_more_tensors_than_a_group_holds(tmp_path: Path) -> None:
     assert [tensor.tensor for tensor in found.tensors] == [f"t{i}" for i in range(1, 61)]
     assert found.first is not None
     assert (found.first.tensor, found.first.node) == ("t31", "Sigmoid -> t31")
+
+
+def test_weights_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(*(layer for _ in range(15) for layer in (nn.Linear(128, 128), nn.Tanh())))
+    path = export_onnx(net, torch.zeros(1, 128), tmp_path / "a.onnx", benchmark=False).path
+    shutil.copy(path, tmp_path / "b.onnx")
+    opened: list[int] = []
+
+    def session(path: Path, **options: Any) -> OnnxSession:
+        opened.append(path.stat().st_size)
+        return OnnxSession(path, **options)
+
+    monkeypatch.setattr("torchtrim.export.layers.OnnxSession", session)
+    found = compare_layers(path, tmp_path / "b.onnx", torch.randn(2, 128))
+    assert found.first is None and len(found.tensors) >= 30
+    assert len(opened) >= 4 and max(opened) < path.stat().st_size / 10  # two groups of each file
 
 
 def test_nan_on_one_side_is_the_first_wrong_node(tmp_path: Path) -> None:

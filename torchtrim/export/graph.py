@@ -278,19 +278,16 @@ def join_files(path: Path) -> None:
     onnx.save(model, path)
 
 
-def save_whole(model: onnx.ModelProto, path: Path, *, again: bool = False) -> None:
+def save_whole(model: onnx.ModelProto, path: Path) -> None:
     """Write a model that holds its weights, which go beside the file where one file cannot hold them.
 
     Args:
         model: The model; where weights went beside the file, it is without them afterwards.
         path: Where it goes.
-        again: Whether the model is needed afterwards: it gets its weights back.
     """
     large = held_bytes(model) > LARGE
     place = f"{path.name}.data" if large else None
     onnx.save(model, path, save_as_external_data=large, all_tensors_to_one_file=True, location=place)
-    if large and again:
-        onnx.load_external_data_for_model(model, os.fspath(path.parent))
 
 
 def held_bytes(model: onnx.ModelProto) -> int:

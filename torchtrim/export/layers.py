@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,7 +19,6 @@ from numpy.typing import NDArray
 from torchtrim.bench.session import OnnxSession
 from torchtrim.bench.table import Table
 from torchtrim.errors import ExportError, InputError
-from torchtrim.export.graph import save_whole
 from torchtrim.export.scheme import scheme_of
 from torchtrim.export.valid import check_file
 from torchtrim.export.workshop import room_beside
@@ -190,21 +190,21 @@ def compare_layers(
             raise ExportError("there is no such ONNX file", path=file)
         check_file(file, rules=False)
     limit = threshold if threshold is not None else THRESHOLDS.get(scheme_of(path), _INT8)
-    ours, theirs = (onnx.load(file) for file in files)
-    pairs = _pairs(ours.graph, theirs.graph)
-    if not pairs:
-        raise ExportError(
-            "the two files have no tensor in common", path=path, expected=f"a conversion of {reference_path}"
-        )
     given = _given(inputs)
     errors: dict[str, tuple[float, float]] = {}
-    for group in _groups(pairs, ours.graph, given.batch):
-        expected = _outputs(ours, [pair[1] for pair in group], given, providers, files[0])
-        found = _outputs(theirs, [pair[0] for pair in group], given, providers, files[1])
-        for tensor, reference in group:
-            measured = _measure(expected[reference], found[tensor])
-            if measured is not None:
-                errors[tensor] = measured
+    with _opened(files[0]) as ours, _opened(files[1]) as theirs:
+        pairs = _pairs(ours.graph, theirs.graph)
+        if not pairs:
+            raise ExportError(
+                "the two files have no tensor in common", path=path, expected=f"a conversion of {reference_path}"
+            )
+        for group in _groups(pairs, ours.graph, given.batch):
+            expected = ours.outputs([pair[1] for pair in group], given, providers)
+            found = theirs.outputs([pair[0] for pair in group], given, providers)
+            for tensor, reference in group:
+                measured = _measure(expected[reference], found[tensor])
+                if measured is not None:
+                    errors[tensor] = measured
     compared = tuple(_in_order(theirs.graph, dict(pairs), errors))
     matched = {entry.reference for entry in compared}
     left = [name for name in _computed(ours.graph) if name not in matched]
@@ -264,27 +264,50 @@ def _bytes(value: onnx.ValueInfoProto, batch: int) -> int:
     return 4 * math.prod(dim.dim_value or max(1, batch) for dim in value.type.tensor_type.shape.dim)
 
 
-def _outputs(
-    model: onnx.ModelProto, names: Sequence[str], inputs: Inputs, providers: Sequence[str] | None, path: Path
-) -> dict[str, NDArray[Any]]:
-    """These tensors of a file, on these inputs."""
-    asked = list(dict.fromkeys(names))
-    opened = {value.name: value for value in model.graph.input}
-    given = [value.name for value in model.graph.output]
-    with room_beside(path) as folder:
-        place = folder / path.name
+@contextmanager
+def _opened(file: Path) -> Iterator[_Copy]:
+    """A copy whose weights are written once, beside it: each group of tensors needs only the graph written anew."""
+    with room_beside(file) as folder:
+        model = onnx.load(file)
+        onnx.save(model, folder / file.name, save_as_external_data=True, location=f"{file.name}.data")
+        yield _Copy(file, folder / file.name, model)
+
+
+@dataclass
+class _Copy:
+    """A file's copy.
+
+    Attributes:
+        file: The file.
+        place: The copy.
+        model: Its graph; the weights are on the disk.
+    """
+
+    file: Path
+    place: Path
+    model: onnx.ModelProto
+
+    @property
+    def graph(self) -> onnx.GraphProto:
+        return self.model.graph
+
+    def outputs(self, names: Sequence[str], inputs: Inputs, providers: Sequence[str] | None) -> dict[str, NDArray[Any]]:
+        """These tensors, on these inputs."""
+        asked = list(dict.fromkeys(names))
+        opened = {value.name for value in self.graph.input}
+        given = [value.name for value in self.graph.output]
         # ONNX Runtime finds out the types by itself.
-        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked if name not in {*given, *opened})
-        save_whole(model, place, again=True)
-        del model.graph.output[len(given) :]  # not on a copy, which would be as large as the file
+        self.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked if name not in {*given, *opened})
+        self.place.write_bytes(self.model.SerializeToString())
+        del self.graph.output[len(given) :]
         try:
-            session = OnnxSession(place, providers=providers)
+            session = OnnxSession(self.place, providers=providers)
             feed = session.feed(inputs, cast=True)
             values = dict(zip(session.output_names, session.run(feed), strict=True))
         except ExportError as error:
-            error.path = path
+            error.path = self.file
             raise
-    return {name: values[name] if name in values else feed[name] for name in asked}
+        return {name: values[name] if name in values else feed[name] for name in asked}
 
 
 def _measure(expected: NDArray[Any], found: NDArray[Any]) -> tuple[float, float] | None:
