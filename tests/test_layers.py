@@ -16,7 +16,7 @@ from torch import nn
 
 from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import ExportError, ExportMismatch, InputError
-from torchtrim.export.layers import compare_layers
+from torchtrim.export.layers import LayerComparison, compare_layers
 from torchtrim.export.onnx import export_onnx
 from torchtrim.export.verify import verify_onnx
 
@@ -72,6 +72,23 @@ def test_a_weight_that_was_changed_is_named(net: Net, plain: Path, tmp_path: Pat
         verify_onnx(tmp_path / "bad.onnx", net, X, reference=plain)
     assert raised.value.layers.first.node == node  # type: ignore[attr-defined]
     assert "<table>" in found._repr_html_()
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(1.3, 2), (np.nan, 6)])
+def test_the_layers_of_a_file_that_is_too_far_are_compared_on_few_rows(
+    net: Net, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float, rows: int
+) -> None:
+    given: list[int] = []
+
+    def compared(reference: Path, path: Path, feed: dict[str, Any]) -> LayerComparison:
+        given.append(len(feed["x"]))
+        return compare_layers(reference, path, feed)
+
+    monkeypatch.setattr("torchtrim.export.layers.compare_layers", compared)
+    node = tampered(plain, "two.weight", tmp_path / "bad.onnx", scale)
+    with pytest.raises(ExportMismatch, match=f"it goes wrong at the node '{node}'"):
+        verify_onnx(tmp_path / "bad.onnx", net, X, reference=plain)
+    assert given == [rows]  # what is no number may be so in one row alone
 
 
 def test_equal_files_have_no_first(plain: Path) -> None:

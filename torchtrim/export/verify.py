@@ -20,7 +20,7 @@ from torchtrim.errors import ExportMismatch, InputError, ModelError
 from torchtrim.export.compare import TOLERANCES, OutputError, Tally, Tolerance, output_of_classes
 from torchtrim.export.outputs import named_outputs
 from torchtrim.export.repeat import differing, module_that_differs
-from torchtrim.export.runs import Data, Run, runs_of
+from torchtrim.export.runs import Data, Run, feed_of, runs_of
 from torchtrim.export.scheme import scheme_of
 from torchtrim.export.stand_in import run_once, stand_in
 from torchtrim.export.valid import check_file
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from torchtrim.export.layers import LayerComparison
 
 __all__ = ["Data", "Verification", "VerificationFailed", "scheme_of", "verify_onnx"]
+
+_ROWS = 2  # that the layers are compared on: all of them are given out, for each group by a run of its own
 
 
 @dataclass(frozen=True)
@@ -268,8 +270,17 @@ def verify_onnx(
         notes=tuple(notes),
     )
     if not verification.passed:
-        raise _failure(verification, tallies, reference, first)
+        raise _failure(verification, tallies, reference, _few_rows(first, inner, session, tallies))
     return verification
+
+
+def _few_rows(
+    run: Run, model: nn.Module, session: OnnxSession, tallies: Mapping[str, Tally]
+) -> dict[str, NDArray[Any]]:
+    """What the layers are compared on. An error shows in any row, what is no number perhaps in one alone."""
+    if session.fixed_batch is not None or any(tally.wrong is not None for tally in tallies.values()):
+        return run.feed
+    return feed_of(session, model, run.inputs.with_batch(min(run.inputs.batch, _ROWS)))
 
 
 def _opened(path: str | os.PathLike[str], providers: Sequence[str] | None) -> OnnxSession:
@@ -359,7 +370,7 @@ def _failure(
     verification: Verification,
     tallies: Mapping[str, Tally],
     reference: str | os.PathLike[str] | None,
-    run: Run,
+    feed: dict[str, NDArray[Any]],
 ) -> VerificationFailed:
     worst = next(output for output in verification.outputs if not output.passed)
     found, expected = worst.missed[0]
@@ -371,7 +382,7 @@ def _failure(
     if reference is not None:
         from torchtrim.export.layers import compare_layers
 
-        layers = compare_layers(reference, verification.path, run.feed)
+        layers = compare_layers(reference, verification.path, feed)
         wrong = layers.first or layers.worst
         if wrong is not None:
             message += f"; it goes wrong at the node {wrong.node!r} ({wrong.op})"
