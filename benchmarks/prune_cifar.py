@@ -8,7 +8,8 @@
 
 The weights are those of akamaster/pytorch_resnet_cifar10 as safetensors. DATA is a folder for torchvision's CIFAR10.
 Every way gets the same fine-tuning, in the same order of the same pictures; sparse training comes before it, as many
-epochs again, and is said. A run that is stopped goes on where it was. Writes `prune_cifar_NAME.json` and `.md`.
+epochs again, and is said. A run that is stopped goes on where it was, with the settings that it is given then. Writes
+`prune_cifar_NAME_3_epochs.json` and `.md`; `_paper` in place of the epochs.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def parse() -> Any:
     made.add_argument("--lr", type=float, default=0.02, help="the learning rate at the start (0.02)")
     made.add_argument("--batch", type=int, default=128, help="pictures in a batch (128)")
     made.add_argument(
-        "--strength", type=float, nargs="*", default=[1e-5], help="of the group lasso, several if you like (1e-5)"
+        "--strength", type=float, nargs="+", default=[1e-5], help="of the group lasso, several if you like (1e-5)"
     )
     made.add_argument("--reg", type=float, default=5e-4, help="of torch-pruning's sparse learning (5e-4, its recipe's)")
     made.add_argument("--scope", default="global", help="what channels are ranked among (global)")
@@ -138,16 +139,18 @@ def parse() -> Any:
 def ways(options: Any) -> list[Way]:
     """All ways, the group lasso at each strength that is asked for.
 
-    torch-pruning's number is another: its sparse learning is a weight decay that grows with how small a group is, and
-    the group lasso pulls every group by the same length, and by the root of its size.
+    torch-pruning's number is another: its sparse learning is a weight decay, larger where a group is small. The group
+    lasso pulls with the root of how many weights a group has, however large they are.
     """
     found = []
     for way in WAYS:
         if way.sparse == "group_lasso":
-            named = ((replace(way, name=f"{way.name}, {each:g}"), each) for each in options.strength)
-            found += [replace(each, strength=strength) for each, strength in named]
+            found += [replace(way, name=f"{way.name}, {each:g}", strength=each) for each in options.strength]
         else:
-            found.append(replace(way, strength=options.reg))
+            found.append(replace(way, strength=options.reg) if way.sparse else way)
+    unknown = set(options.ways or ()) - {way.name for way in found}
+    if unknown:
+        raise SystemExit(f"no such ways: {sorted(unknown)}; there are {[way.name for way in found]}")
     return found
 
 
@@ -278,9 +281,12 @@ def table(job: Job, whole: float, done: dict[str, Any]) -> Table:
         cells = (f"{found['macs'] / 1e6:.1f}", f"{found['params'] / 1e3:.0f}", f"{found['pruned']:.2%}")
         rows.append((name, sparse, *cells, f"{found['tuned']:.2%}", str(found["tune_s"] + found.get("sparse_s", 0))))
     options = job.options
+    more = any("sparse" in found for found in done.values())
     notes = [
         f"- fine-tuning: {options.epochs} epochs of {len(job.x):,} pictures, SGD from {options.lr}, batches of"
-        f" {options.batch}, on {options.device}; sparse training: {options.sparse_epochs} epochs more",
+        f" {options.batch}, on {options.device}"
+        + f"; sparse training: {options.sparse_epochs} epochs more, its strength after the comma"
+        * more,
         f"- {job.target / 1e6:.1f} million MACs were asked for, the 1x1 shortcuts included",
         f"- tested on {len(job.test[0]):,} pictures, one seed: differences under half a point are chance",
     ]

@@ -6,9 +6,9 @@
     python benchmarks/prune_zoo.py timm:resnet18 torchvision:swin_t      # only these (nothing is written)
     python benchmarks/prune_zoo.py --retry                   # again what failed the last time
 
-A process a model, limited in memory and time; a run that is stopped goes on where it was. Weights are random (none the
-same throughout a tensor), pictures as small as the model takes. Pruned networks are exported to ONNX, and the files
-compared with PyTorch. Writes `prune_zoo.json` and `prune_zoo.md`, with the other engines' last results.
+A process a model, limited in memory and time; a run that is stopped goes on where it was. Weights are random (no tensor
+holds one value throughout), pictures as small as the model takes. Pruned networks are exported to ONNX, and the files
+compared with PyTorch. Writes `prune_zoo.json` and `prune_zoo.md`, with the other engine's last results.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ def main() -> int:
     wanted = options.models or (list(QUICK) if options.quick else names())
     options.out.mkdir(parents=True, exist_ok=True)
     whole, partial = options.out / f"{stem}.json", options.out / f"{stem}.{options.engine}.partial"
-    kept = json.loads(whole.read_text("utf-8"))["results"] if whole.is_file() else {}
+    stored = json.loads(whole.read_text("utf-8"))["results"] if whole.is_file() else {}
+    kept = {engine: found for engine, found in stored.items() if engine in ENGINES}
     if options.retry:
-        _forget_failures(kept.get(options.engine, {}), partial)
+        _forget_failures(kept.get(options.engine, {}), partial, options.engine)
     done = {} if options.models else _read(partial)
     left = [] if options.table else [name for name in wanted if name not in done]
     limits = {"jobs": options.jobs, "memory_gb": options.memory, "seconds": options.seconds}
@@ -109,18 +110,22 @@ def errors(found: dict[str, Any]) -> dict[str, str]:
     return {step: reported["error"] for step, reported in found.items() if "error" in reported}
 
 
+def steps_of(engine: str, name: str) -> list[str]:
+    """The steps of an engine for a model: timm's own only for its models."""
+    return [step for step in ENGINES[engine] if step != "timm" or name.startswith("timm:")]
+
+
 def totals(every: dict[str, dict[str, Any]]) -> Table:
     """For each engine and zoo, how many models passed each step, and what it cost."""
     rows = []
     for engine, results in every.items():
-        steps = ENGINES[engine]
         for zoo in ("torchvision", "timm"):
             models = [found for name, found in results.items() if name.startswith(f"{zoo}:")]
             if not models:
                 continue
-            passed = {step: sum(_passed(found, step) for found in models) for step in steps}
+            passed = {step: sum(_passed(found, step) for found in models) for step in ENGINES[engine]}
             small = [found for found in models if _share(found) is not None and _share(found) <= TARGET]  # type: ignore[operator]
-            tried = [step for step in steps if step != "timm" or zoo == "timm"]
+            tried = steps_of(engine, f"{zoo}:")
             right = [found for found in models if all(_passed(found, step) for step in tried)]
             both = [found for found in right if "macs" not in tried or found in small]
             took = [found["prune"]["seconds"] for found in models if "seconds" in found.get("prune", {})]
@@ -207,10 +212,14 @@ def _read(partial: Path) -> dict[str, Any]:
     return {line.pop("model"): line for line in lines}
 
 
-def _forget_failures(kept: dict[str, Any], partial: Path) -> None:
-    """Start from the last run's results (and those so far) without the failures."""
+def _forget_failures(kept: dict[str, Any], partial: Path, engine: str) -> None:
+    """Start from the last run's results (and those so far) without the failures, and without those that lack a step."""
     kept = kept | _read(partial)
-    good = {name: found for name, found in kept.items() if not errors(found)}
+    good = {
+        name: found
+        for name, found in kept.items()
+        if not errors(found) and all(step in found for step in steps_of(engine, name))
+    }
     partial.write_text("".join(json.dumps({"model": name, **found}) + "\n" for name, found in good.items()), "utf-8")
 
 

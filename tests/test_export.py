@@ -551,6 +551,7 @@ def test_long_names_and_links_that_lead_nowhere(tmp_path: Path) -> None:
 def large(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """A model of 33 kB where everything over 20 kB is too large for one file."""
     monkeypatch.setattr("torchtrim.export.graph.LARGE", 20_000)
+    monkeypatch.setattr("torchtrim.export.saving.LARGE", 20_000)
     monkeypatch.setattr("torchtrim.export.onnx.LARGE", 20_000)
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
 

@@ -14,9 +14,9 @@ from torch import nn
 from torchtrim.bench.session import OnnxSession
 from torchtrim.export.bias_correction import correct_biases
 from torchtrim.export.equalise import equalise_layers
-from torchtrim.export.graph import held_bytes, save_whole
 from torchtrim.export.layers import compare_layers
 from torchtrim.export.onnx import export_onnx
+from torchtrim.export.saving import held_bytes, save_whole
 from torchtrim.export.targets import resolve
 from torchtrim.export.workbench import Workbench
 from torchtrim.graph.inputs import Inputs
@@ -44,6 +44,7 @@ DATA = [torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(seed)
 @pytest.fixture(autouse=True)
 def all_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchtrim.export.graph.LARGE", _LEAST)
+    monkeypatch.setattr("torchtrim.export.saving.LARGE", _LEAST)
     monkeypatch.setattr("torchtrim.export.onnx.LARGE", _LEAST)
 
 
@@ -104,18 +105,18 @@ def test_equalised_and_corrected_files(net: nn.Module, tmp_path: Path) -> None:
     assert found.after < 1.2 * found.before  # weights that were lost would give zeros, or no file at all
 
 
-def test_a_model_that_is_needed_again_keeps_its_weights(tmp_path: Path) -> None:
+def test_a_file_in_the_working_directory_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = np.arange(4096, dtype=np.float32)
     values = [onnx.helper.make_tensor_value_info(name, 1, [4096]) for name in "xy"]
     node = onnx.helper.make_node("Add", ["x", "w"], ["y"])
     graph = onnx.helper.make_graph([node], "g", values[:1], values[1:], [onnx.numpy_helper.from_array(weights, "w")])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
     assert held_bytes(model) == 4 * 4096
-    save_whole(model, tmp_path / "a.onnx", again=True)
-    assert held_bytes(model) == 4 * 4096
-    save_whole(model, tmp_path / "b.onnx")
-    for name in ("a.onnx", "b.onnx"):
-        assert (tmp_path / f"{name}.data").stat().st_size == 4 * 4096
-        np.testing.assert_array_equal(
-            onnx.numpy_helper.to_array(onnx.load(tmp_path / name).graph.initializer[0]), weights
-        )
+    (tmp_path / "a.onnx.data").write_bytes(b"of another file")
+    (tmp_path / "made").mkdir()
+    monkeypatch.chdir(tmp_path)
+    save_whole(model, tmp_path / "made" / "a.onnx")
+    assert (tmp_path / "made" / "a.onnx.data").stat().st_size == 4 * 4096
+    assert held_bytes(model) == 0
+    again = onnx.load(tmp_path / "made" / "a.onnx")
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(again.graph.initializer[0]), weights)

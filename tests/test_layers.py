@@ -74,21 +74,41 @@ def test_a_weight_that_was_changed_is_named(net: Net, plain: Path, tmp_path: Pat
     assert "<table>" in found._repr_html_()
 
 
-@pytest.mark.parametrize(("scale", "rows"), [(1.3, 2), (np.nan, 6)])
-def test_the_layers_of_a_file_that_is_too_far_are_compared_on_few_rows(
-    net: Net, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float, rows: int
-) -> None:
+def rows_compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows that layers are compared on from now on."""
     given: list[int] = []
 
     def compared(reference: Path, path: Path, feed: dict[str, Any]) -> LayerComparison:
-        given.append(len(feed["x"]))
+        given.append(len(next(iter(feed.values()))))
         return compare_layers(reference, path, feed)
 
     monkeypatch.setattr("torchtrim.export.layers.compare_layers", compared)
-    node = tampered(plain, "two.weight", tmp_path / "bad.onnx", scale)
+    return given
+
+
+def test_the_layers_of_a_file_that_is_too_far_are_compared_on_two_rows(
+    net: Net, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_compared(monkeypatch)
+    node = tampered(plain, "two.weight", tmp_path / "bad.onnx", 1.3)
     with pytest.raises(ExportMismatch, match=f"it goes wrong at the node '{node}'"):
         verify_onnx(tmp_path / "bad.onnx", net, X, reference=plain)
-    assert given == [rows]  # what is no number may be so in one row alone
+    assert rows == [2]
+
+
+def test_what_only_a_late_row_shows_is_looked_for_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.ReLU6(), nn.Linear(4, 4))
+    x = torch.rand(8, 4)
+    x[5] = 5.0
+    plain = export_onnx(net, x[:2], tmp_path / "plain.onnx", benchmark=False).path
+    model = onnx.load(plain)
+    tensor = next(each for each in model.graph.initializer if float(numpy_helper.to_array(each).max()) == 6.0)
+    tensor.CopyFrom(numpy_helper.from_array(np.array(3.0, np.float32), tensor.name))
+    onnx.save(model, tmp_path / "bad.onnx")
+    rows = rows_compared(monkeypatch)
+    with pytest.raises(ExportMismatch, match=r"it goes wrong at the node '.*' \(Clip\)"):
+        verify_onnx(tmp_path / "bad.onnx", net, x, reference=plain)
+    assert rows == [2, 8]
 
 
 def test_equal_files_have_no_first(plain: Path) -> None:
@@ -154,16 +174,26 @@ def test_weights_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     net = nn.Sequential(*(layer for _ in range(15) for layer in (nn.Linear(128, 128), nn.Tanh())))
     path = export_onnx(net, torch.zeros(1, 128), tmp_path / "a.onnx", benchmark=False).path
     shutil.copy(path, tmp_path / "b.onnx")
-    opened: list[int] = []
+    (tmp_path / "a.onnx.data").write_bytes(b"of another file")
+    monkeypatch.chdir(tmp_path)
+    opened: list[tuple[int, int]] = []
 
     def session(path: Path, **options: Any) -> OnnxSession:
-        opened.append(path.stat().st_size)
+        weights = (path.parent / "weights.data").stat()
+        opened.append((weights.st_ino, weights.st_mtime_ns))
+        assert path.stat().st_size < weights.st_size / 10
         return OnnxSession(path, **options)
 
     monkeypatch.setattr("torchtrim.export.layers.OnnxSession", session)
     found = compare_layers(path, tmp_path / "b.onnx", torch.randn(2, 128))
     assert found.first is None and len(found.tensors) >= 30
-    assert len(opened) >= 4 and max(opened) < path.stat().st_size / 10  # two groups of each file
+    assert len(opened) >= 4 and len(set(opened)) == 2  # two groups of each file
+
+
+@pytest.mark.parametrize("name", ["v1..2.onnx", "..x.onnx", "a" * 246 + ".onnx"])
+def test_names_that_are_odd(plain: Path, tmp_path: Path, name: str) -> None:
+    shutil.copy(plain, tmp_path / name)
+    assert compare_layers(plain, tmp_path / name, X).first is None
 
 
 def test_nan_on_one_side_is_the_first_wrong_node(tmp_path: Path) -> None:

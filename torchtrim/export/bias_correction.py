@@ -17,7 +17,7 @@ from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import InputError
 from torchtrim.export.calibration import Tapped
 from torchtrim.export.calibration_data import CalibrationData, Feed
-from torchtrim.export.graph import save_whole
+from torchtrim.export.saving import save_whole
 from torchtrim.export.workshop import room_beside
 
 ROWS = 32

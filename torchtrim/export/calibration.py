@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from torchtrim.bench.session import OnnxSession
 from torchtrim.errors import ExportError, InputError
-from torchtrim.export.graph import save_whole
 from torchtrim.export.histogram import Histogram
 from torchtrim.export.ranges import METHODS, range_of
+from torchtrim.export.saving import save_whole
 from torchtrim.export.workshop import room_beside
 from torchtrim.graph.progress import progress
 

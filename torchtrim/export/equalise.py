@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from torchtrim.errors import InputError
 from torchtrim.export.calibration import Statistics
-from torchtrim.export.graph import save_whole
+from torchtrim.export.saving import save_whole
 
 _ROUNDS = 20
 _LEAST, _MOST = 1e-3, 1e3  # how far one scale may go

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +18,10 @@ from torchtrim.errors import ExportError, InputError
 from torchtrim.export.inputs import input_names as names_of_inputs
 from torchtrim.export.outputs import free_name, named_outputs
 from torchtrim.export.quiet import quiet
+from torchtrim.export.saving import LARGE
 from torchtrim.export.spelled_out import SpelledOut
 from torchtrim.graph.inputs import Inputs
 
-LARGE = 2_000_000_000  # bytes; one protobuf file cannot hold more
 ATTENTION = 23  # the opset from which on ONNX has an operator for attention
 
 
@@ -276,26 +275,6 @@ def join_files(path: Path) -> None:
     model = onnx.load(path)
     path.with_name(f"{path.name}.data").unlink()
     onnx.save(model, path)
-
-
-def save_whole(model: onnx.ModelProto, path: Path) -> None:
-    """Write a model that holds its weights, which go beside the file where one file cannot hold them.
-
-    Args:
-        model: The model; where weights went beside the file, it is without them afterwards.
-        path: Where it goes.
-    """
-    large = held_bytes(model) > LARGE
-    place = f"{path.name}.data" if large else None
-    onnx.save(model, path, save_as_external_data=large, all_tensors_to_one_file=True, location=place)
-
-
-def held_bytes(model: onnx.ModelProto) -> int:
-    """The bytes of the weights inside a model; its `ByteSize` raises past 2 GiB."""
-    return sum(
-        len(tensor.raw_data) or (0 if tensor.external_data else 4 * math.prod(tensor.dims))
-        for tensor in model.graph.initializer
-    )
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torchtrim.bench.session import OnnxSession
 from torchtrim.bench.table import Table
 from torchtrim.errors import ExportError, InputError
+from torchtrim.export.saving import save_model
 from torchtrim.export.scheme import scheme_of
 from torchtrim.export.valid import check_file
 from torchtrim.export.workshop import room_beside
@@ -31,6 +32,7 @@ Feed: TypeAlias = "Mapping[str, NDArray[Any]] | ExampleInputs"
 THRESHOLDS = {"float32": 1e-3, "float64": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 _INT8 = 0.2
 _TENSORS, _BYTES = 24, 64_000_000  # of one group, whose tensors are held at the same time
+_WEIGHTS, _LEAST = "weights.data", 65_536  # bytes; sizes that ONNX Runtime reads early are smaller
 _SHOWN = 12
 # What ONNX Runtime's quantizers add to the name of a tensor that comes back as floats.
 _FLOAT_AGAIN = re.compile(r"_(DequantizeLinear_Output|DequantizeLinear|dequantized)(_\d+|/duplicated.*)?$")
@@ -266,10 +268,10 @@ def _bytes(value: onnx.ValueInfoProto, batch: int) -> int:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[_Copy]:
-    """A copy whose weights are written once, beside it: each group of tensors needs only the graph written anew."""
+    """A copy whose large weights are written once, beside it: each group of tensors needs the rest written anew."""
     with room_beside(file) as folder:
         model = onnx.load(file)
-        onnx.save(model, folder / file.name, save_as_external_data=True, location=f"{file.name}.data")
+        save_model(model, folder / file.name, external_data=True, location=_WEIGHTS, least=_LEAST)
         yield _Copy(file, folder / file.name, model)
 
 
@@ -280,7 +282,7 @@ class _Copy:
     Attributes:
         file: The file.
         place: The copy.
-        model: Its graph; the weights are on the disk.
+        model: What is written for each group: all but the large weights.
     """
 
     file: Path

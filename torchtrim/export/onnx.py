@@ -27,12 +27,13 @@ from torchtrim.export.asked import (
 from torchtrim.export.calibration_data import CalibrationData
 from torchtrim.export.compare import Tolerance
 from torchtrim.export.convert import Batches, convert
-from torchtrim.export.graph import LARGE, has_dynamic_batch, names_for, opset_of, size_mb, weight_bytes, write_float
+from torchtrim.export.graph import has_dynamic_batch, names_for, opset_of, size_mb, weight_bytes, write_float
 from torchtrim.export.place import free_place, put_in_place, workshop
 from torchtrim.export.proven import Limits, proven, speed_notes, timed_beside, word_of
 from torchtrim.export.quantize import DYNAMIC_OPS
 from torchtrim.export.report import ExportReport
 from torchtrim.export.runs import Data, at_most
+from torchtrim.export.saving import LARGE
 from torchtrim.export.scheme import scheme_of
 from torchtrim.export.stand_in import run_once
 from torchtrim.export.targets import resolve, run_on

@@ -10,7 +10,8 @@ import onnx
 from torchtrim.errors import ExportError
 from torchtrim.export.kernels import has_kernel
 from torchtrim.export.quiet import quiet
-from torchtrim.export.rewrite import save_model, sort_nodes
+from torchtrim.export.rewrite import sort_nodes
+from torchtrim.export.saving import save_model
 from torchtrim.export.weight_types import stacked_products
 
 DYNAMIC_OPS = ("MatMul", "Gemm")

@@ -11,6 +11,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from torchtrim.export.saving import save_model
+
 FLOATS = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16}
 
 
@@ -130,17 +132,6 @@ class Rewrite:
                 return before
             return np.ascontiguousarray(before.transpose(attribute(node, "perm")))
         return None
-
-
-def save_model(model: onnx.ModelProto, destination: Path, *, external_data: bool) -> None:
-    """Write a model to a file, with its weights in it or beside it."""
-    onnx.save(
-        model,
-        destination,
-        save_as_external_data=external_data,
-        all_tensors_to_one_file=True,
-        location=f"{destination.name}.data" if external_data else None,
-    )
 
 
 def sort_nodes(graph: onnx.GraphProto) -> None:

@@ -15,6 +15,7 @@ from torchtrim.export.calibration import Statistics
 from torchtrim.export.int8_nodes import BETWEEN, COMPUTE, activations_of, int8_nodes, tensors_of
 from torchtrim.export.quiet import quiet
 from torchtrim.export.ranges import METHODS
+from torchtrim.export.saving import save_model
 from torchtrim.export.tensorrt_form import pair_residuals, residual_inputs
 from torchtrim.export.trained import overrides
 from torchtrim.export.weight_types import stacked_weights, weight_types
@@ -130,13 +131,7 @@ def quantize_static(
     if tensorrt:
         pair_residuals(written.graph, residuals, ranges)
     count = sum(node.name in chosen for node in written.graph.node)
-    onnx.save(
-        written,
-        destination,
-        save_as_external_data=external_data,
-        all_tensors_to_one_file=True,
-        location=f"{destination.name}.data" if external_data else None,
-    )
+    save_model(written, destination, external_data=external_data)
     return count
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Data", "Verification", "VerificationFailed", "scheme_of", "verify_onnx"]
 
-_ROWS = 2  # that the layers are compared on: all of them are given out, for each group by a run of its own
+_ROWS = 2  # that the layers are compared on at first: all are given out, each group of them by a run of its own
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,8 @@ def verify_onnx(
         max_drop: The largest loss of accuracy, 0.01 for one point; of top-1 agreement where there are no labels. In
             place of the tolerance's own top-1 agreement.
         reference: The same model's float ONNX file. Where the comparison fails, the two files are compared node by
-            node, and the error names the first one that goes wrong (`error.layers`).
+            node, and the error names the first one that goes wrong (`error.layers`): on two rows of the first batch,
+            and on all of it where these show nothing.
 
     Raises:
         ExportMismatch: An output is past the tolerance, or holds NaN; `error.verification` says how far it is.
@@ -270,17 +271,20 @@ def verify_onnx(
         notes=tuple(notes),
     )
     if not verification.passed:
-        raise _failure(verification, tallies, reference, _few_rows(first, inner, session, tallies))
+        layers = None if reference is None else _layers(reference, session, inner, first)
+        raise _failure(verification, tallies, layers)
     return verification
 
 
-def _few_rows(
-    run: Run, model: nn.Module, session: OnnxSession, tallies: Mapping[str, Tally]
-) -> dict[str, NDArray[Any]]:
-    """What the layers are compared on. An error shows in any row, what is no number perhaps in one alone."""
-    if session.fixed_batch is not None or any(tally.wrong is not None for tally in tallies.values()):
-        return run.feed
-    return feed_of(session, model, run.inputs.with_batch(min(run.inputs.batch, _ROWS)))
+def _layers(reference: str | os.PathLike[str], session: OnnxSession, model: nn.Module, run: Run) -> LayerComparison:
+    """Where the file goes wrong. Most errors show in any row; where two show none, all are looked at."""
+    from torchtrim.export.layers import compare_layers
+
+    if session.fixed_batch is None and run.inputs.batch > _ROWS:
+        found = compare_layers(reference, session.path, feed_of(session, model, run.inputs.with_batch(_ROWS)))
+        if found.first is not None:
+            return found
+    return compare_layers(reference, session.path, run.feed)
 
 
 def _opened(path: str | os.PathLike[str], providers: Sequence[str] | None) -> OnnxSession:
@@ -367,10 +371,7 @@ def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
 
 
 def _failure(
-    verification: Verification,
-    tallies: Mapping[str, Tally],
-    reference: str | os.PathLike[str] | None,
-    feed: dict[str, NDArray[Any]],
+    verification: Verification, tallies: Mapping[str, Tally], layers: LayerComparison | None
 ) -> VerificationFailed:
     worst = next(output for output in verification.outputs if not output.passed)
     found, expected = worst.missed[0]
@@ -378,14 +379,9 @@ def _failure(
     hint: str | None = _hint(verification.tolerance)
     if tallies[worst.name].wrong is not None:
         message, hint = f"the output {worst.name!r} is no number that can be compared", None
-    layers = None
-    if reference is not None:
-        from torchtrim.export.layers import compare_layers
-
-        layers = compare_layers(reference, verification.path, feed)
-        wrong = layers.first or layers.worst
-        if wrong is not None:
-            message += f"; it goes wrong at the node {wrong.node!r} ({wrong.op})"
+    wrong = None if layers is None else layers.first or layers.worst
+    if wrong is not None:
+        message += f"; it goes wrong at the node {wrong.node!r} ({wrong.op})"
     found += "".join(f"; {note}" for note in verification.notes if note.startswith("the file gives"))
     error = VerificationFailed(message, path=verification.path, found=found, expected=expected, hint=hint)
     error.verification, error.layers = verification, layers

@@ -17,7 +17,8 @@ from torchtrim.errors import ExportError, InputError
 from torchtrim.export.cuda_int8 import quantize_weight
 from torchtrim.export.products import product_of, write_product
 from torchtrim.export.quiet import quiet
-from torchtrim.export.rewrite import FLOATS, Rewrite, attribute, save_model
+from torchtrim.export.rewrite import FLOATS, Rewrite, attribute
+from torchtrim.export.saving import save_model
 
 FORMS = ("nbits", "qdq")
 _OPS = {"nbits": ("MatMul", "Gemm"), "qdq": ("MatMul", "Gemm", "Conv", "Gather")}

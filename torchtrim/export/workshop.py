@@ -18,6 +18,7 @@ _PREFIX = ".torchtrim."
 _NAME = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")  # as tempfile makes them
 _MARKER, _SAYS = "torchtrim-made-this", "Left by an export that was killed; the next one takes it away.\n"
 _OLD = 24 * 3600.0  # seconds
+_MAKE_ROOM = "make room"
 # What a full disk, a quota and a limit on the size of files give.
 _FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
@@ -64,10 +65,12 @@ def _explained(folder: Path, path: Path) -> Iterator[None]:
         yield
     except (OSError, ExportError) as error:
         # ONNX Runtime's tools stumble over the same, and what they raise was wrapped already.
+        if isinstance(error, ExportError) and error.hint == _MAKE_ROOM:
+            raise  # of a folder inside this one
         cause = error.__cause__ if isinstance(error, ExportError) else error
         if isinstance(cause, OSError) and cause.errno in _FULL:
             raise ExportError(
-                f"no space left to write it: {cause.strerror}", path=path, found=str(folder.parent), hint="make room"
+                f"no space left to write it: {cause.strerror}", path=path, found=str(folder.parent), hint=_MAKE_ROOM
             ) from error
         if isinstance(error, ExportError):
             raise

@@ -16,7 +16,7 @@ import onnx
 from onnx import defs, helper
 
 from torchtrim.errors import ExportError, nearest
-from torchtrim.export.graph import LARGE, held_bytes
+from torchtrim.export.saving import LARGE, held_bytes
 
 _STANDARD = ("", "ai.onnx")
 
