@@ -86,14 +86,15 @@ def rows_compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return given
 
 
-def test_the_layers_of_a_file_that_is_too_far_are_compared_on_two_rows(
-    net: Net, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("scale", "expected"), [(1.3, 2), (float("nan"), 6)])
+def test_the_layers_of_a_file_that_is_too_far_are_compared_on_two_rows_and_of_one_with_nan_on_all(
+    net: Net, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float, expected: int
 ) -> None:
     rows = rows_compared(monkeypatch)
-    node = tampered(plain, "two.weight", tmp_path / "bad.onnx", 1.3)
+    node = tampered(plain, "two.weight", tmp_path / "bad.onnx", scale)
     with pytest.raises(ExportMismatch, match=f"it goes wrong at the node '{node}'"):
         verify_onnx(tmp_path / "bad.onnx", net, X, reference=plain)
-    assert rows == [2]
+    assert rows == [expected]
 
 
 def test_what_only_a_late_row_shows_is_looked_for_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,16 +271,22 @@ def verify_onnx(
         notes=tuple(notes),
     )
     if not verification.passed:
-        layers = None if reference is None else _layers(reference, session, inner, first)
+        broken = any(tally.wrong is not None for tally in tallies.values())
+        layers = None if reference is None else _layers(reference, session, inner, first, few=not broken)
         raise _failure(verification, tallies, layers)
     return verification
 
 
-def _layers(reference: str | os.PathLike[str], session: OnnxSession, model: nn.Module, run: Run) -> LayerComparison:
-    """Where the file goes wrong. Most errors show in any row; where two show none, all are looked at."""
+def _layers(
+    reference: str | os.PathLike[str], session: OnnxSession, model: nn.Module, run: Run, *, few: bool
+) -> LayerComparison:
+    """Where the file goes wrong. Most errors show in any row, and where two show none, all are looked at.
+
+    What is no number may be so in one row alone: then, not `few`, all rows are looked at from the start.
+    """
     from torchtrim.export.layers import compare_layers
 
-    if session.fixed_batch is None and run.inputs.batch > _ROWS:
+    if few and session.fixed_batch is None and run.inputs.batch > _ROWS:
         found = compare_layers(reference, session.path, feed_of(session, model, run.inputs.with_batch(_ROWS)))
         if found.first is not None:
             return found
