@@ -259,6 +259,7 @@ def test_model_is_left_as_it_was() -> None:
     assert torch.equal(random, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_compile_is_a_candidate_of_its_own() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     result = benchmark({"mlp": model}, torch.zeros(1, 4), compile=True, rounds=2)

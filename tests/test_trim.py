@@ -255,6 +255,7 @@ def test_a_function_that_recovers() -> None:
         tt.trim(net, data, budget=tt.Budget(macs=0.7), pruning=["magnitude"], trials=1, recover=lambda model: 1 / 0)
 
 
+@pytest.mark.slow
 def test_a_latency_is_that_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchtrim.autopilot.files._SECONDS", 0.05)
     net, data = make()
@@ -376,6 +377,7 @@ def test_the_guide_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {*names["result"].met, *names["result"].missed} == {"size_mb", "max_drop"}
 
 
+@pytest.mark.slow
 def test_a_language_model_with_its_cache() -> None:
     import transformers
 
@@ -390,6 +392,7 @@ def test_a_language_model_with_its_cache() -> None:
     assert found.shape == (16, 11)
 
 
+@pytest.mark.slow
 def test_what_loses_less_is_no_reason_against_what_is_smaller() -> None:
     """Where everything may be lost, the smallest of all plans is the best."""
     net, data = make()
