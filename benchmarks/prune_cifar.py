@@ -281,12 +281,10 @@ def table(job: Job, whole: float, done: dict[str, Any]) -> Table:
         cells = (f"{found['macs'] / 1e6:.1f}", f"{found['params'] / 1e3:.0f}", f"{found['pruned']:.2%}")
         rows.append((name, sparse, *cells, f"{found['tuned']:.2%}", str(found["tune_s"] + found.get("sparse_s", 0))))
     options = job.options
-    more = any("sparse" in found for found in done.values())
+    more = f"; sparse training: {options.sparse_epochs} epochs more, its strength after the comma"
     notes = [
         f"- fine-tuning: {options.epochs} epochs of {len(job.x):,} pictures, SGD from {options.lr}, batches of"
-        f" {options.batch}, on {options.device}"
-        + f"; sparse training: {options.sparse_epochs} epochs more, its strength after the comma"
-        * more,
+        f" {options.batch}, on {options.device}" + (more if any("sparse" in found for found in done.values()) else ""),
         f"- {job.target / 1e6:.1f} million MACs were asked for, the 1x1 shortcuts included",
         f"- tested on {len(job.test[0]):,} pictures, one seed: differences under half a point are chance",
     ]

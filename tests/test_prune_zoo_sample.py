@@ -89,3 +89,58 @@ def test_a_norm_over_channels_is_taken_out_of_the_comparison(steps: Any) -> None
     net = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3))
     net.load_state_dict({name: masked.take(value, removed.get(name, {})) for name, value in model.state_dict().items()})
     assert masked.compare(model, net, removed, torch.randn(2, 4))["verdict"] == "equal without norms"
+
+
+class Squared(nn.Module):
+    """Adds the square of what its norm gives: without the norm it overflows after a dozen layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.norm(x) * self.norm(x)
+
+
+def test_products_that_overflow_without_norms_are_scaled_down(steps: Any) -> None:
+    masked = importlib.import_module("prune_zoo_masked")
+    depth = 16
+    removed = {"0.weight": {"0": (0,)}, "0.bias": {"0": (0,)}, f"{depth + 1}.weight": {"1": (0,)}}
+    removed |= {f"{place}.norm.{name}": {"0": (0,)} for place in range(1, depth + 1) for name in ("weight", "bias")}
+
+    def pair() -> tuple[nn.Sequential, nn.Sequential]:
+        torch.manual_seed(0)
+        model, net = (
+            nn.Sequential(nn.Linear(4, width), *(Squared(width) for _ in range(depth)), nn.Linear(width, 3))
+            for width in (6, 5)
+        )
+        held = {name: masked.take(value, removed.get(name, {})) for name, value in model.state_dict().items()}
+        net.load_state_dict(held)
+        return model, net
+
+    x = 3 * torch.randn(2, 4)
+    found = masked.compare(*pair(), removed, x)
+    assert found["verdict"] == "equal without norms" and 0 <= found["eval without norms"] < 1e-7
+    model, net = pair()
+    with torch.no_grad():
+        net[-1].weight[:, [0, 1]] = net[-1].weight[:, [1, 0]]
+    assert masked.compare(model, net, removed, x)["verdict"] == "differs"
+    model = pair()[0].double()
+    with masked.NeutralNorms(), torch.no_grad():
+        assert not model(x.double()).isfinite().all()  # the first scale is not enough
+
+
+def test_stirred_models_hold_no_value_throughout(steps: Any) -> None:
+    stir = importlib.import_module("zoo_models").stir
+
+    def stirred() -> nn.Module:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4))
+        nn.init.zeros_(model[2].weight)
+        stir(model)
+        return model
+
+    model = stirred()
+    floats = [each for each in model.state_dict().values() if each.is_floating_point()]
+    assert all(float(each.std()) > 1e-3 for each in floats)
+    assert float(model[1].running_var.min()) > 0
+    assert torch.equal(model[2].weight, stirred()[2].weight)
