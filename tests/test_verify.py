@@ -16,6 +16,7 @@ from torchtrim.errors import ExportError, ExportMismatch, InputError, ModelError
 from torchtrim.export.compare import TOLERANCES, OutputError, Tally, Tolerance
 from torchtrim.export.onnx import export_onnx
 from torchtrim.export.outputs import named_outputs
+from torchtrim.export.rounding import Rounding, in_double, rounding_of
 from torchtrim.export.rows import with_other_rows
 from torchtrim.export.verify import scheme_of, verify_onnx
 from torchtrim.graph.inputs import Inputs
@@ -314,6 +315,117 @@ def test_a_model_that_is_random_in_eval_mode_is_not_blamed_on_the_file(file: Pat
     with pytest.raises(ModelError, match="gives other values on the same inputs") as raised:
         verify_onnx(file, Noisy(), torch.randn(4, 4))
     assert raised.value.path == "noise"
+
+
+class Cancelling(nn.Module):
+    """Large weights that cancel: float32 rounds the sums, and double precision hardly does."""
+
+    def __init__(self, large: float) -> None:
+        super().__init__()
+        self.fc = nn.Linear(128, 5, bias=False)
+        with torch.no_grad():
+            self.fc.weight[:, :64] += large
+            self.fc.weight[:, 64:] -= large
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.cat([x, x], 1))
+
+
+def settled(model: Cancelling) -> nn.Linear:
+    """The same outputs without the large weights: their sums are exact in float32."""
+    fc = nn.Linear(64, 5, bias=False)
+    with torch.no_grad():
+        fc.weight.copy_(model.fc.weight[:, :64] + model.fc.weight[:, 64:])
+    return fc
+
+
+@pytest.mark.filterwarnings("error")
+def test_rounding_of_the_models_own_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Cancelling(3e3), torch.randn(8, 64)
+    exact = export_onnx(settled(model), x, tmp_path / "exact.onnx", benchmark=False).path
+    found = verify_onnx(exact, model, x)
+    (output,) = found.outputs
+    assert found.passed
+    assert output.relative > 1e-3 > output.exact  # type: ignore[operator]
+    assert output.rounding == pytest.approx(output.relative, rel=1e-2)
+    assert "is rounding: beside double precision the model is off by" in found.notes[0]
+    assert found.notes[0] in str(found)
+    assert json.loads(json.dumps(found.to_dict()))["outputs"][0]["rounding"] == output.rounding
+    with pytest.raises(ExportMismatch, match=r"relative error [^;]*; expected: at most 1e-03"):
+        verify_onnx(exact, model, x, tolerance=1e-3)
+
+
+def test_rounding_of_the_files_own_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Cancelling(3e3), torch.randn(8, 64)
+    rounds = export_onnx(model, x, tmp_path / "rounds.onnx", benchmark=False, tolerance=1.0).path
+    with pytest.raises(ExportMismatch, match=r"relative error .*; beside double precision") as raised:
+        verify_onnx(rounds, settled(model), x)
+    (output,) = raised.value.verification.outputs  # type: ignore[attr-defined]
+    assert output.exact > 1e-3 > output.rounding
+
+
+def test_rounding_explains_no_other_row_and_no_other_way() -> None:
+    exact = np.array([[1.0, 8.0], [2.0, 3.0], [4.0, 5.0]])
+    own = np.array([[0.1, 0.0], [0.0, 0.0], [0.0, 0.0]])
+
+    def alike(off: np.ndarray[Any, Any], own: np.ndarray[Any, Any] = own) -> bool:
+        found = rounding_of(exact + own, exact + off, exact, 1e-3)
+        assert found is not None
+        return found.alike
+
+    assert alike(-3.9 * own)
+    assert not alike(-4.1 * own)
+    assert not alike(own[[1, 0, 2]])
+    assert alike(own * [[1.0], [0.0], [0.0]] + 7e-3)
+    assert not alike(own + 9e-3 * np.array([[0.0], [1.0], [0.0]]))
+    assert alike(7.9 * own, 7.9 * own)
+    assert not alike(8.1 * own, 8.1 * own)
+    assert rounding_of(exact, exact, exact[:2], 1e-3) is None
+    assert rounding_of(exact, exact + np.nan, exact, 1e-3) is None
+    scalar = np.array(2.0)
+    assert rounding_of(scalar + 0.1, scalar - 0.1, scalar, 1e-3) == Rounding(
+        pytest.approx(0.1), pytest.approx(0.1), True
+    )
+
+
+def test_an_error_of_one_run_is_not_explained_by_another() -> None:
+    tally = Tally("y")
+    one = np.ones((2, 3))
+    tally.add(one, one + 0.5, Path("f"), rounding=Rounding(0.4, 0.1, alike=True))
+    limits = Tolerance(relative=1e-3, rounding=True)
+    assert tally.result(limits).passed
+    assert not tally.result(Tolerance(relative=1e-3)).passed
+    tally.add(one, one + 0.01, Path("f"), rounding=Rounding(0.0, 0.01, alike=False))
+    assert not tally.result(limits).passed
+
+
+def test_a_model_that_wants_float32_is_not_run_in_double(tmp_path: Path) -> None:
+    class Strict(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ torch.ones(4, 3)  # refuses any other type
+
+    assert in_double(Strict(), Inputs.of(torch.ones(2, 4))) is None
+    path = export_onnx(Strict(), torch.ones(2, 4), tmp_path / "m.onnx", benchmark=False).path
+
+    class Other(Strict):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1.1 * super().forward(x)
+
+    with pytest.raises(ExportMismatch, match=r"relative error [^;]*; expected"):
+        verify_onnx(path, Other(), torch.ones(2, 4))
+
+
+def test_double_precision_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(3, 4)
+    (found,) = in_double(model, Inputs.of(x)) or ()
+    assert found.dtype == np.float64
+    assert np.abs(found - model(x).detach().numpy()).max() < 1e-5
+    after = model.state_dict()
+    assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_a_file_that_is_random_is_said(tmp_path: Path) -> None:

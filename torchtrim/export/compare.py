@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchtrim.errors import ExportMismatch, InputError
+from torchtrim.export.rounding import Rounding
 
 DENORMAL = 1e-30  # below it a number counts as zero: some processors flush it, and it is no share of anything
 FEW_ROWS = 50  # below so many rows a share of rows that agree says little: one row is 2 % and more
@@ -29,6 +30,8 @@ class Tolerance:
         top1: Least share of rows whose largest column agrees, asked of 50 rows and more; None: not asked.
         max_drop: Largest loss of accuracy where there are labels, of top-1 agreement elsewhere, at any number of rows,
             in place of `top1`; None: not asked.
+        rounding: Whether `relative` may be passed where the model itself, in float32, is as far from its outputs in
+            double precision: each row of the file by four times as much at most.
     """
 
     relative: float | None = None
@@ -36,6 +39,7 @@ class Tolerance:
     agreement: float = 0.95
     top1: float | None = None
     max_drop: float | None = None
+    rounding: bool = False
 
     def __post_init__(self) -> None:
         for name in ("relative", "cosine", "agreement", "top1", "max_drop"):
@@ -77,7 +81,7 @@ class Tolerance:
 _STATIC = Tolerance(relative=None, cosine=0.95, top1=0.9)
 _DYNAMIC = Tolerance(relative=None, cosine=0.98, top1=0.95)
 TOLERANCES = {
-    "float32": Tolerance(relative=1e-3),
+    "float32": Tolerance(relative=1e-3, rounding=True),
     "float64": Tolerance(relative=1e-3),
     "fp16": Tolerance(relative=2e-2),
     "bf16": Tolerance(relative=1e-1),  # 8 times as coarse as fp16
@@ -109,6 +113,9 @@ class OutputError:
         reference_accuracy: Share of these that the model gets right; None without labels.
         accuracy: Share of these that the file gets right; None without labels.
         missed: What was found, and what is allowed instead, of all that is not within the tolerance.
+        rounding: The largest error of the model itself beside double precision, as a share of the largest absolute
+            value; None where it was not measured, since no error called for it.
+        exact: That of the file, in the same runs.
     """
 
     name: str
@@ -126,6 +133,8 @@ class OutputError:
     reference_accuracy: float | None = None
     accuracy: float | None = None
     missed: tuple[tuple[str, str], ...] = ()
+    rounding: float | None = None
+    exact: float | None = None
 
 
 @dataclass
@@ -147,9 +156,16 @@ class Tally:
     floating: bool = True
     wrong: str | None = None
     sizes: dict[int, int] = field(default_factory=dict)
+    rounding: list[Rounding] = field(default_factory=list)
+    unexplained: float = 0.0
 
     def add(
-        self, reference: NDArray[Any], found: NDArray[Any], path: Path, targets: NDArray[np.int64] | None = None
+        self,
+        reference: NDArray[Any],
+        found: NDArray[Any],
+        path: Path,
+        targets: NDArray[np.int64] | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
         """Add one run's output to the tally.
 
@@ -158,6 +174,7 @@ class Tally:
             found: What the file gave.
             path: The file, for the error.
             targets: The right column of each row; negative where it is not known. Only for `(batch, columns)`.
+            rounding: How far both are from double precision, where that was measured.
 
         Raises:
             ExportMismatch: The two have different shapes.
@@ -176,9 +193,12 @@ class Tally:
         self.wrong = self.wrong or _beyond_comparison(a, b)
         if not a.size:
             return
+        self.rounding += [] if rounding is None else [rounding]
         with np.errstate(invalid="ignore", over="ignore"):
-            difference = np.where(a == b, 0.0, np.abs(a - b))  # equal infinities are no error
+            difference = _difference(a, b)
             self.max_abs = max(self.max_abs, float(difference.max()))
+            if rounding is None or not rounding.alike:
+                self.unexplained = max(self.unexplained, float(difference.max()))
             finite = np.isfinite(a) & np.isfinite(b)
             self.largest = max(self.largest, float(np.abs(a[finite]).max(initial=0.0)))
             self.total_abs += float(difference.sum())
@@ -232,11 +252,25 @@ class Tally:
             edge = min(10.0 ** (place / _BINS_PER_DECADE), self.max_abs)
         return edge
 
+    def _share(self, error: float) -> float:
+        """An absolute error as a share of the largest value."""
+        return error / self.largest if self.largest else error
+
+    def past(self, reference: NDArray[Any], found: NDArray[Any], relative: float | None) -> bool:
+        """Whether a run is off by more than `relative`, measured by the largest value so far."""
+        if relative is None or reference.shape != found.shape or not reference.size:
+            return False
+        a, b = _plain(reference), _plain(found)
+        if not np.issubdtype(reference.dtype, np.floating) or _beyond_comparison(a, b) is not None:
+            return False
+        largest = max(self.largest, float(np.abs(a[np.isfinite(a)]).max(initial=0.0)))
+        return float(_difference(a, b).max()) > relative * (largest or 1.0)
+
     def result(self, limits: Tolerance) -> OutputError:
         """The errors so far, held against what is allowed."""
         norm = math.sqrt(self.squares[0]) * math.sqrt(self.squares[1])
         cosine = self.dot / norm if norm else float(self.squares[0] == self.squares[1])
-        relative = self.max_abs / self.largest if self.largest else self.max_abs
+        relative = self._share(self.max_abs)
         agreement = None if self.floating else self.equal / max(1, self.elements)
         ours, theirs, labelled = self.right
         found = OutputError(
@@ -254,13 +288,18 @@ class Tally:
             labelled=labelled,
             reference_accuracy=ours / labelled if labelled else None,
             accuracy=theirs / labelled if labelled else None,
+            rounding=self._share(max(each.model for each in self.rounding)) if self.rounding else None,
+            exact=self._share(max(each.file for each in self.rounding)) if self.rounding else None,
         )
-        missed = tuple(_missed(found, self.wrong, self.top1[1], limits))
+        past = self._share(self.unexplained) if limits.rounding else relative
+        missed = tuple(_missed(found, self.wrong, self.top1[1], limits, past))
         return replace(found, passed=not missed, missed=missed)
 
 
-def _missed(found: OutputError, wrong: str | None, rows: int, limits: Tolerance) -> Iterator[tuple[str, str]]:
-    """What was asked and is not so: what was found, and what is allowed."""
+def _missed(
+    found: OutputError, wrong: str | None, rows: int, limits: Tolerance, past: float
+) -> Iterator[tuple[str, str]]:
+    """What was asked and is not so: what was found, and what is allowed. `past` is the error that nothing explains."""
     if wrong is not None:
         yield wrong, "finite numbers, or the same infinities"
         return
@@ -268,8 +307,8 @@ def _missed(found: OutputError, wrong: str | None, rows: int, limits: Tolerance)
         if found.agreement < limits.agreement:
             yield f"{found.agreement:.1%} equal", f"at least {limits.agreement:.1%}"
         return
-    if limits.relative is not None and found.relative > limits.relative:
-        yield f"relative error {found.relative:.2e}", f"at most {limits.relative:.0e}"
+    if limits.relative is not None and past > limits.relative:
+        yield f"relative error {found.relative:.2e}{_beside_double(found)}", f"at most {limits.relative:.0e}"
     if limits.cosine is not None and found.cosine < limits.cosine:
         yield f"cosine {found.cosine:.4f}", f"at least {limits.cosine}"
     if limits.max_drop is not None:
@@ -278,6 +317,12 @@ def _missed(found: OutputError, wrong: str | None, rows: int, limits: Tolerance)
     asked = limits.max_drop is None or found.accuracy is not None
     if asked and limits.top1 is not None and found.top1 is not None and rows >= FEW_ROWS and found.top1 < limits.top1:
         yield f"top-1 agreement {found.top1:.1%}", f"at least {limits.top1:.1%}"
+
+
+def _beside_double(found: OutputError) -> str:
+    if found.rounding is None:
+        return ""
+    return f"; beside double precision {found.exact:.2e}, and {found.rounding:.2e} of the model"
 
 
 def _dropped(found: OutputError, most: float) -> Iterator[tuple[str, str]]:
@@ -296,6 +341,12 @@ def _plain(array: NDArray[Any]) -> NDArray[np.float64]:
     """In double precision, with what is next to nothing as zero."""
     values = array.astype(np.float64)
     return np.where(np.abs(values) < DENORMAL, 0.0, values)
+
+
+def _difference(reference: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The absolute errors. Equal infinities are none."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.where(reference == found, 0.0, np.abs(reference - found))
 
 
 def _beyond_comparison(reference: NDArray[np.float64], found: NDArray[np.float64]) -> str | None:
