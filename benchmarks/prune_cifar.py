@@ -8,7 +8,7 @@
 
 The weights are those of akamaster/pytorch_resnet_cifar10 as safetensors. DATA is a folder for torchvision's CIFAR10.
 Every way gets the same fine-tuning, in the same order of the same pictures; sparse training comes before it, as many
-epochs again, and is said. A run that is stopped goes on where it was, with the settings that it is given then. Writes
+epochs again, and is said. A run that is stopped goes on where it was, with the same settings. Writes
 `prune_cifar_NAME_3_epochs.json` and `.md`; `_paper` in place of the epochs.
 """
 
@@ -84,7 +84,8 @@ def main() -> int:
     stem = f"prune_cifar_{options.weights.stem}_{budget}" + "_quick" * options.quick
     options.out.mkdir(parents=True, exist_ok=True)
     partial = options.out / f"{stem}.partial"
-    done = _read(partial)
+    settings = {key: value.name if isinstance(value, Path) else str(value) for key, value in vars(options).items()}
+    done = _read(partial, settings)
     whole = accuracy(copy.deepcopy(start), *test, options.device)
     print(f"as it is: {whole:.2%}, {count_macs(start, job.example):,} MACs; to be {job.target:,}", flush=True)
     tried = ways(options)
@@ -96,7 +97,6 @@ def main() -> int:
         with partial.open("a") as file:
             file.write(json.dumps({"way": way.name, **found}) + "\n")
         print(f"{way.name}: {found}", flush=True)
-    settings = {key: value.name if isinstance(value, Path) else str(value) for key, value in vars(options).items()}
     write(stem, {"settings": settings, "whole": whole, "results": done}, table(job, whole, done), out=options.out)
     if all(way.name in done for way in tried):
         partial.unlink(missing_ok=True)
@@ -292,10 +292,16 @@ def table(job: Job, whole: float, done: dict[str, Any]) -> Table:
     return Table(f"CIFAR-10, {options.weights.stem}", columns, tuple(rows), notes)
 
 
-def _read(partial: Path) -> dict[str, Any]:
+def _read(partial: Path, settings: dict[str, str]) -> dict[str, Any]:
+    """The ways that are done. The first line of the file holds the settings that they were run with."""
+    asked = {key: value for key, value in settings.items() if key not in ("ways", "strength", "out", "threads", "data")}
     if not partial.is_file():
+        partial.write_text(json.dumps({"settings": asked}) + "\n", "utf-8")
         return {}
-    lines = [json.loads(line) for line in partial.read_text("utf-8").splitlines()]
+    first, *lines = [json.loads(line) for line in partial.read_text("utf-8").splitlines()]
+    other = {key: kept for key, kept in first["settings"].items() if kept != asked.get(key)}
+    if other:
+        raise SystemExit(f"{partial} was begun with {other}: give these again, or remove it")
     return {line.pop("way"): line for line in lines}
 
 
