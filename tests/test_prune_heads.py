@@ -79,6 +79,49 @@ def _with_some_heads(net: ByHeads, narrow: nn.Module) -> nn.Module:
     return twin
 
 
+class Remembering(ByHeads):
+    """Keeps, in eval mode, the bias of each head spread over the places; `drops` says with which mode it goes."""
+
+    def __init__(self, drops: bool) -> None:
+        super().__init__("depthwise")
+        self.bias = nn.Parameter(torch.randn(self.num_heads, 9))
+        self.drops = drops
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def train(self, mode: bool = True) -> Remembering:
+        super().train(mode)
+        if mode is self.drops:
+            self.kept = {}
+        return self
+
+    def spread(self) -> torch.Tensor:
+        made = self.bias[:, None].expand(-1, 9, -1)
+        return made if self.training else self.kept.setdefault("cpu", made)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.stem(x)).reshape(len(x), 9, 3, self.num_heads, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = (q @ k.transpose(-1, -2) + self.spread()).softmax(-1) @ v
+        return self.proj(mixed.transpose(1, 2).reshape(len(x), 9, -1))
+
+
+@pytest.mark.parametrize("drops", [True, False])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_a_module_computed_from_its_heads_is_computed_anew(drops: bool, in_place: bool) -> None:
+    torch.manual_seed(0)
+    net, x = Remembering(drops).eval(), torch.randn(2, 9, 6)
+    net(x)
+    kept = net.kept["cpu"]
+    narrow = tt.prune_channels(net, x, 0.5, copy=not in_place)
+    narrow(x)
+    assert narrow.kept["cpu"].shape == (2, 9, 9)
+    assert not narrow.training
+    record = tt.history(narrow).edits
+    if not in_place:
+        assert net.kept["cpu"] is kept
+        again = tt.apply(net, x, record)
+        torch.testing.assert_close(again(x), narrow(x), atol=0, rtol=0)
+
+
 class Queries(nn.Module):
     """One query of an image for all of its windows: repeated so many times."""
 

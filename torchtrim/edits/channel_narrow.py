@@ -15,6 +15,7 @@ from torchtrim.channels.labels import Label, Layer, Mask, kept_indices, varying
 from torchtrim.edits.truth import set_attributes, tell_the_truth
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError
+from torchtrim.graph.stale import forget_computed
 
 __all__ = ["Narrowing", "narrow", "narrowings", "set_attributes", "tell_the_truth"]
 
@@ -79,6 +80,7 @@ def narrow(work: Work, changes: list[Narrowing]) -> None:
     for module in work.model.modules():
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+    forget_computed(work.model)
 
 
 def _taken(

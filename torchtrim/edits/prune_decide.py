@@ -19,6 +19,7 @@ from torchtrim.edits.truth import Numbers, set_attributes, tell_the_truth
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError
 from torchtrim.graph.copying import structural_copy
+from torchtrim.graph.stale import forget_computed
 
 
 @dataclass(eq=False)
@@ -51,6 +52,7 @@ class Decision:
         for new, old in self.tried.came_from.items():
             work.came_from[new] = work.came_from.pop(old, old)
         set_attributes(work.model, self.attributes)
+        forget_computed(work.model)
 
 
 def decide(work: Work, found: Dependencies, choose: Callable[[Collection[int]], Mask]) -> Decision:
