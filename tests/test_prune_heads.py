@@ -39,6 +39,9 @@ class ByHeads(nn.Module):
             pooled = k.reshape(-1, 3, 3, self.head_dim).permute(0, 3, 1, 2)
             k = self.pool(pooled).reshape(batch, self.num_heads, self.head_dim, count).transpose(-1, -2)
         scores = q @ k.transpose(-1, -2)
+        if self.kind == "turned":  # by rotary embeddings over all of a head: the part that is left out is empty
+            q, rest = q[..., : self.head_dim], q[..., self.head_dim :]
+            q = torch.cat([torch.cat([-q[..., 4:], q[..., :4]], -1), rest], -1)
         if self.kind == "einsum":
             scores = scores + torch.einsum("bhnd,md->bhnm", q, self.rel)
         if self.kind == "repeated":  # a product of as many matrices as there are heads, all the same
@@ -48,7 +51,7 @@ class ByHeads(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(batch, count, -1))
 
 
-@pytest.mark.parametrize("kind", ["depthwise", "einsum", "repeated"])
+@pytest.mark.parametrize("kind", ["depthwise", "einsum", "repeated", "turned"])
 def test_heads_go_whole_beside_what_they_share(kind: str) -> None:
     torch.manual_seed(0)
     net, x = ByHeads(kind).eval(), torch.randn(2, 9, 6)

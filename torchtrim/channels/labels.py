@@ -247,7 +247,7 @@ def lines_of(layer: Layer, axes: Iterable[int]) -> tuple[Layer, Layer]:
 
 
 def kept_indices(layer: Layer, gone: Mask) -> dict[int, Mask] | None:
-    """For each dimension the indices that stay; `None` where what stays has gaps.
+    """For each dimension the indices that stay; `None` where what stays has gaps. What is empty tells of none.
 
     Example:
         >>> layer = np.array([[1, 2], [3, 4]])
@@ -258,6 +258,8 @@ def kept_indices(layer: Layer, gone: Mask) -> dict[int, Mask] | None:
         >>> kept_indices(layer, gone) is None
         True
     """
+    if not layer.size:
+        return {}
     stays = ~gone[layer]
     if layer.size == max(layer.shape, default=0) > 1:
         return {layer.shape.index(layer.size): stays.ravel()}
