@@ -42,6 +42,8 @@ class ByHeads(nn.Module):
         if self.kind == "turned":  # by rotary embeddings over all of a head: the part that is left out is empty
             q, rest = q[..., : self.head_dim], q[..., self.head_dim :]
             q = torch.cat([torch.cat([-q[..., 4:], q[..., :4]], -1), rest], -1)
+        if self.kind == "interleaved":  # rotary embeddings of neighbours
+            q = torch.stack([-q[..., 1::2], q[..., ::2]], -1).reshape(q.shape)
         if self.kind == "einsum":
             scores = scores + torch.einsum("bhnd,md->bhnm", q, self.rel)
         if self.kind == "repeated":  # a product of as many matrices as there are heads, all the same
@@ -51,7 +53,7 @@ class ByHeads(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(batch, count, -1))
 
 
-@pytest.mark.parametrize("kind", ["depthwise", "einsum", "repeated", "turned"])
+@pytest.mark.parametrize("kind", ["depthwise", "einsum", "repeated", "turned", "interleaved"])
 def test_heads_go_whole_beside_what_they_share(kind: str) -> None:
     torch.manual_seed(0)
     net, x = ByHeads(kind).eval(), torch.randn(2, 9, 6)
@@ -60,6 +62,21 @@ def test_heads_go_whole_beside_what_they_share(kind: str) -> None:
     assert narrow.qkv.out_features == 48
     assert (narrow.pool.in_channels, narrow.pool.groups, len(narrow.rel[0])) == (8, net.pool.groups, 8)
     torch.testing.assert_close(narrow(x), _with_some_heads(net, narrow)(x), atol=1e-5, rtol=1e-4)
+
+
+def test_counted_channels_that_are_in_no_heads_stay() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 16), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x)[..., ::2])
+
+    narrow = tt.prune_channels(Counted(), torch.randn(2, 6), 0.5, round_to=1)
+    assert narrow.first.out_features == 16
+    told = " ".join(tt.history(narrow).entries[-1].notes)
+    assert "left alone: first: it runs together with what cannot be narrowed at of its channels, one in 2" in told
 
 
 def test_a_full_convolution_of_each_head() -> None:

@@ -16,7 +16,7 @@ from torchtrim.errors import ExportError, ExportMismatch, InputError, ModelError
 from torchtrim.export.compare import TOLERANCES, OutputError, Tally, Tolerance
 from torchtrim.export.onnx import export_onnx
 from torchtrim.export.outputs import named_outputs
-from torchtrim.export.rounding import Rounding, in_double, rounding_of
+from torchtrim.export.rounding import InDouble, Rounding, rounding_of
 from torchtrim.export.rows import with_other_rows
 from torchtrim.export.verify import scheme_of, verify_onnx
 from torchtrim.graph.inputs import Inputs
@@ -347,11 +347,11 @@ def test_rounding_of_the_models_own_is_not_blamed_on_the_file(tmp_path: Path) ->
     found = verify_onnx(exact, model, x)
     (output,) = found.outputs
     assert found.passed
-    assert output.relative > 1e-3 > output.exact  # type: ignore[operator]
-    assert output.rounding == pytest.approx(output.relative, rel=1e-2)
+    assert output.relative > 1e-3 > output.file_rounding  # type: ignore[operator]
+    assert output.model_rounding == pytest.approx(output.relative, rel=1e-2)
     assert "is rounding: beside double precision the model is off by" in found.notes[0]
     assert found.notes[0] in str(found)
-    assert json.loads(json.dumps(found.to_dict()))["outputs"][0]["rounding"] == output.rounding
+    assert json.loads(json.dumps(found.to_dict()))["outputs"][0]["model_rounding"] == output.model_rounding
     with pytest.raises(ExportMismatch, match=r"relative error [^;]*; expected: at most 1e-03"):
         verify_onnx(exact, model, x, tolerance=1e-3)
 
@@ -363,69 +363,149 @@ def test_rounding_of_the_files_own_is(tmp_path: Path) -> None:
     with pytest.raises(ExportMismatch, match=r"relative error .*; beside double precision") as raised:
         verify_onnx(rounds, settled(model), x)
     (output,) = raised.value.verification.outputs  # type: ignore[attr-defined]
-    assert output.exact > 1e-3 > output.rounding
+    assert output.file_rounding > 1e-3 > output.model_rounding
+
+
+def told(exact: np.ndarray[Any, Any], own: np.ndarray[Any, Any], off: np.ndarray[Any, Any]) -> str | None:
+    found = rounding_of(exact + own, exact + off, exact, 1e-3)
+    assert found is not None
+    return found.why
 
 
 def test_rounding_explains_no_other_row_and_no_other_way() -> None:
     exact = np.array([[1.0, 8.0], [2.0, 3.0], [4.0, 5.0]])
     own = np.array([[0.1, 0.0], [0.0, 0.0], [0.0, 0.0]])
-
-    def alike(off: np.ndarray[Any, Any], own: np.ndarray[Any, Any] = own) -> bool:
-        found = rounding_of(exact + own, exact + off, exact, 1e-3)
-        assert found is not None
-        return found.alike
-
-    assert alike(-3.9 * own)
-    assert not alike(-4.1 * own)
-    assert not alike(own[[1, 0, 2]])
-    assert alike(own * [[1.0], [0.0], [0.0]] + 7e-3)
-    assert not alike(own + 9e-3 * np.array([[0.0], [1.0], [0.0]]))
-    assert alike(7.9 * own, 7.9 * own)
-    assert not alike(8.1 * own, 8.1 * own)
+    assert told(exact, own, -3.9 * own) is None
+    assert "four times" in (told(exact, own, -4.1 * own) or "")
+    assert "four times" in (told(exact, own, own[[1, 0, 2]]) or "")
+    assert told(exact, own, own * [[1.0], [0.0], [0.0]] + 7e-3) is None
+    assert "four times" in (told(exact, own, own + 9e-3 * np.array([[0.0], [1.0], [0.0]])) or "")
+    assert told(exact, 7.9 * own, 7.9 * own) is None
+    assert "a tenth" in (told(exact, 8.1 * own, own) or "")
+    assert "a tenth" in (told(exact, 7.9 * own, 8.1 * own) or "")
     assert rounding_of(exact, exact, exact[:2], 1e-3) is None
     assert rounding_of(exact, exact + np.nan, exact, 1e-3) is None
     scalar = np.array(2.0)
-    assert rounding_of(scalar + 0.1, scalar - 0.1, scalar, 1e-3) == Rounding(
-        pytest.approx(0.1), pytest.approx(0.1), True
-    )
+    assert rounding_of(scalar + 0.1, scalar - 0.1, scalar, 1e-3) == Rounding(pytest.approx(0.1), pytest.approx(0.1))
+
+
+def test_rounding_explains_no_shift_and_no_other_choice() -> None:
+    exact = np.linspace(-1.0, 1.0, 100)[None] * np.ones((2, 1))
+    own = np.zeros_like(exact)
+    own[:, 3] = 0.02
+    assert told(exact, own, own[:, ::-1]) is None
+    assert "four times" in (told(exact, own, np.full_like(exact, 0.02)) or "")  # no larger, and everywhere
+    last = np.zeros_like(exact)
+    last[:, -1] = -0.03
+    assert "columns" in (told(exact, own, last) or "")
 
 
 def test_an_error_of_one_run_is_not_explained_by_another() -> None:
     tally = Tally("y")
     one = np.ones((2, 3))
-    tally.add(one, one + 0.5, Path("f"), rounding=Rounding(0.4, 0.1, alike=True))
+    tally.add(one, one + 0.5, Path("f"), rounding=Rounding(0.4, 0.1))
     limits = Tolerance(relative=1e-3, rounding=True)
     assert tally.result(limits).passed
     assert not tally.result(Tolerance(relative=1e-3)).passed
-    tally.add(one, one + 0.01, Path("f"), rounding=Rounding(0.0, 0.01, alike=False))
-    assert not tally.result(limits).passed
+    assert tally.past(one, one + 0.01, 1e-3)
+    tally.add(one, one + 0.01, Path("f"), rounding=Rounding(0.001, 0.01, "another row"))
+    found = tally.result(limits)
+    assert not found.passed
+    assert found.missed[0][0] == (
+        "relative error 1.00e-02; beside double precision 1.00e-02, and 1.00e-03 of the model: another row"
+    )
+    assert not tally.past(one, one + 0.01, 1e-3)  # it is refused: no other run has to be measured
 
 
-def test_a_model_that_wants_float32_is_not_run_in_double(tmp_path: Path) -> None:
-    class Strict(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x @ torch.ones(4, 3)  # refuses any other type
+def test_each_output_is_explained_by_itself(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def __init__(self, rounds: bool, factor: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            cancelling = Cancelling(3e3)
+            self.inner, self.factor = cancelling if rounds else settled(cancelling), factor
 
-    assert in_double(Strict(), Inputs.of(torch.ones(2, 4))) is None
-    path = export_onnx(Strict(), torch.ones(2, 4), tmp_path / "m.onnx", benchmark=False).path
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.factor * x, self.inner(x)
 
-    class Other(Strict):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 1.1 * super().forward(x)
+    x = torch.randn(8, 64)
+    right = export_onnx(Both(False, 1.0), x, tmp_path / "right.onnx", benchmark=False).path
+    plain, noisy = verify_onnx(right, Both(True, 1.0), x).outputs
+    assert plain.model_rounding is None
+    assert noisy.model_rounding is not None
+    wrong = export_onnx(Both(False, 1.02), x, tmp_path / "wrong.onnx", benchmark=False).path
+    with pytest.raises(ExportMismatch, match="'output' is too far"):
+        verify_onnx(wrong, Both(True, 1.0), x)
 
+
+class Seeded(nn.Module):
+    """The same noise each time, of the type of the input: in double precision it is another one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(7), dtype=x.dtype)
+
+
+class Stored(nn.Module):
+    """Keeps, from its first run on, what cannot be copied."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.held = Uncopyable()
+        return 1.1 * x
+
+
+class Uncopyable:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Uncopyable:
+        raise KeyError("not to be copied")
+
+
+class Strict(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (1.1 * torch.eye(4))  # refuses any other type
+
+
+@pytest.mark.parametrize("model", [Seeded(), Stored(), Strict()], ids=lambda model: type(model).__name__)
+def test_without_double_precision_nothing_is_explained(model: nn.Module, tmp_path: Path) -> None:
+    x = torch.ones(2, 4)
+    path = export_onnx(nn.Identity(), x, tmp_path / "m.onnx", benchmark=False).path
     with pytest.raises(ExportMismatch, match=r"relative error [^;]*; expected"):
-        verify_onnx(path, Other(), torch.ones(2, 4))
+        verify_onnx(path, model, x)
+    model(x)
+    assert InDouble(model).outputs(Inputs.of(x)) is None
+
+
+def test_attention_draws_nothing() -> None:
+    layer, x = nn.MultiheadAttention(8, 2, dropout=0.5).eval(), torch.randn(3, 2, 8)
+    outputs = InDouble(layer).outputs(Inputs.of((x, x, x)))
+    assert outputs is not None
+    assert np.abs(outputs[0] - layer(x, x, x)[0].detach().numpy()).max() < 1e-5
+
+
+def test_only_float32_files_are_excused() -> None:
+    assert [scheme for scheme, limits in TOLERANCES.items() if limits.rounding] == ["float32"]
 
 
 def test_double_precision_leaves_the_model_as_it_was() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()).eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen: list[tuple[int, torch.dtype]] = []
+
+    class Watched(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append((id(self.weight), x.dtype))
+            return super().forward(x)
+
+    model = nn.Sequential(Watched(4, 4), nn.BatchNorm1d(4)).eval()
+    before = {
+        name: (id(each), each.data_ptr(), each._version) for name, each in model.state_dict(keep_vars=True).items()
+    }
     x = torch.randn(3, 4)
-    (found,) = in_double(model, Inputs.of(x)) or ()
+    (found,) = InDouble(model).outputs(Inputs.of(x)) or ()
+    assert seen[0][0] != id(model[0].weight)
+    assert seen[0][1] == torch.float64
     assert found.dtype == np.float64
     assert np.abs(found - model(x).detach().numpy()).max() < 1e-5
-    after = model.state_dict()
-    assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())
+    after = {
+        name: (id(each), each.data_ptr(), each._version) for name, each in model.state_dict(keep_vars=True).items()
+    }
+    assert after == before
 
 
 def test_a_file_that_is_random_is_said(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from torchtrim.errors import EditError, TorchTrimError
 from torchtrim.graph.copying import has_function_hooks, kept_random_state, paused_collection
 from torchtrim.graph.execution import no_fused_attention
 from torchtrim.graph.inputs import Inputs
+from torchtrim.graph.operators import bound, draws
 
 __all__ = ["Flow", "ModuleCall", "Run", "Step", "follow", "rerun", "shape_after"]
 
@@ -160,7 +161,7 @@ class _Follower(TorchDispatchMode):
         path, module = self.stack[-1] if self.stack else ("", None)
         name = _name(func)
         where = self.where(name)
-        self.run.random |= torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs)
+        self.run.random |= draws(func, args, kwargs)
         macs, cost = 0, None
         read: Values = ()
         if self.channels is not None:
@@ -172,7 +173,7 @@ class _Follower(TorchDispatchMode):
         if self.channels is not None and any(0 in each.stride() for each in results if each.layout is torch.strided):
             step = replace(step, free=tuple(map(_free, results, [label for _, label in step.outputs])))
         if name == "slice":
-            sliced = _bound(func, args, kwargs)
+            sliced = bound(func, args, kwargs)
             axis = sliced["dim"] % sliced["self"].dim()
             first, _, _ = slice(sliced["start"], sliced["end"]).indices(sliced["self"].shape[axis])
             step = replace(step, start=(axis, first), source=self.label(sliced["self"]))
@@ -192,8 +193,8 @@ class _Follower(TorchDispatchMode):
         if not given or channels is None:
             return
         static = all(label.static for label in labels)
-        bound = _bound(func, args, kwargs)
-        call = OpCall(name.removesuffix("_"), bound, out, channels, self, where, module, static, self.repeating > 0)
+        arguments = bound(func, args, kwargs)
+        call = OpCall(name.removesuffix("_"), arguments, out, channels, self, where, module, static, self.repeating > 0)
         if any(label.dead for label in labels):
             self._without_dead(call, func, given, labels, results)
         else:
@@ -251,34 +252,6 @@ def _batch_normed(args: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
         return None
     saved = source.new_empty(source.shape[1] if training else 0)
     return torch.empty_like(source), saved, torch.empty_like(saved)
-
-
-def _draws(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operator that can draw random numbers does: attention draws none without dropout."""
-    return bool(_bound(func, args, kwargs).get("dropout_p", 1.0))
-
-
-def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by name, defaults included."""
-    bound: dict[str, Any] = {}
-    for position, (name, default) in enumerate(_parameters(func)):
-        if position < len(args):
-            bound[name] = args[position]
-        elif name in kwargs:
-            bound[name] = kwargs[name]
-        elif default is not _REQUIRED:
-            bound[name] = default
-    return bound
-
-
-@cache
-def _parameters(func: Any) -> list[tuple[str, Any]]:
-    """The names of an operator's arguments, and what they are where they are not given."""
-    arguments = func._schema.arguments
-    return [(each.name, each.default_value if each.has_default_value() else _REQUIRED) for each in arguments]
-
-
-_REQUIRED = object()
 
 
 @cache

@@ -82,8 +82,10 @@ def _slice(call: OpCall) -> None:
             layers.append(layer)
             continue
         if call["step"] != 1:
-            # A step counts anew from what is left: the wrong channels would be taken, without an error.
-            call.pin([layer], f"every {call['step']}th of its channels is taken by {call.where}")
+            # A step counts anew from what is left: the wrong channels would be taken, without an error. Whole heads
+            # may go, each with all that is counted in it.
+            why = f"of its channels, one in {call['step']} is taken by {call.where}"
+            call.channels.fixed_along(layer, [axis], why)
         taken = layer[(slice(None),) * axis + (part,)]
         if not varying(taken):
             call.pin([taken], f"it is picked by its number by {call.where}")

@@ -30,8 +30,8 @@ class Tolerance:
         top1: Least share of rows whose largest column agrees, asked of 50 rows and more; None: not asked.
         max_drop: Largest loss of accuracy where there are labels, of top-1 agreement elsewhere, at any number of rows,
             in place of `top1`; None: not asked.
-        rounding: Whether `relative` may be passed where the model itself, in float32, is as far from its outputs in
-            double precision: each row of the file by four times as much at most.
+        rounding: Whether `relative` may be passed where the model's own rounding is as large, beside its outputs in
+            double precision: see `rounding_of` for how much is allowed.
     """
 
     relative: float | None = None
@@ -113,9 +113,9 @@ class OutputError:
         reference_accuracy: Share of these that the model gets right; None without labels.
         accuracy: Share of these that the file gets right; None without labels.
         missed: What was found, and what is allowed instead, of all that is not within the tolerance.
-        rounding: The largest error of the model itself beside double precision, as a share of the largest absolute
-            value; None where it was not measured, since no error called for it.
-        exact: That of the file, in the same runs.
+        model_rounding: The largest error of the model itself beside double precision, as a share of the largest
+            absolute value, in the run that counts; None where it was not measured, since no error called for it.
+        file_rounding: That of the file.
     """
 
     name: str
@@ -133,8 +133,8 @@ class OutputError:
     reference_accuracy: float | None = None
     accuracy: float | None = None
     missed: tuple[tuple[str, str], ...] = ()
-    rounding: float | None = None
-    exact: float | None = None
+    model_rounding: float | None = None
+    file_rounding: float | None = None
 
 
 @dataclass
@@ -156,7 +156,8 @@ class Tally:
     floating: bool = True
     wrong: str | None = None
     sizes: dict[int, int] = field(default_factory=dict)
-    rounding: list[Rounding] = field(default_factory=list)
+    explained: Rounding | None = None  # of the run with the largest error that is the model's rounding
+    blamed: Rounding | None = None  # of the run with the largest one that is not
     unexplained: float = 0.0
 
     def add(
@@ -193,12 +194,10 @@ class Tally:
         self.wrong = self.wrong or _beyond_comparison(a, b)
         if not a.size:
             return
-        self.rounding += [] if rounding is None else [rounding]
         with np.errstate(invalid="ignore", over="ignore"):
             difference = _difference(a, b)
+            self._count_rounding(float(difference.max()), rounding)
             self.max_abs = max(self.max_abs, float(difference.max()))
-            if rounding is None or not rounding.alike:
-                self.unexplained = max(self.unexplained, float(difference.max()))
             finite = np.isfinite(a) & np.isfinite(b)
             self.largest = max(self.largest, float(np.abs(a[finite]).max(initial=0.0)))
             self.total_abs += float(difference.sum())
@@ -210,6 +209,12 @@ class Tally:
         self.squares[1] += float((b[finite] ** 2).sum())
         if a.ndim == 2 and a.shape[1] > 1 and self.floating:
             self._count_choices(a, b, targets)
+
+    def _count_rounding(self, largest: float, rounding: Rounding | None) -> None:
+        if rounding is not None and rounding.why is None:
+            self.explained = rounding if largest > self.max_abs or self.explained is None else self.explained
+        elif largest > self.unexplained:
+            self.unexplained, self.blamed = largest, rounding
 
     def _count_sizes(self, difference: NDArray[np.float64]) -> None:
         known = difference[np.isfinite(difference) & (difference > 0)]
@@ -257,8 +262,8 @@ class Tally:
         return error / self.largest if self.largest else error
 
     def past(self, reference: NDArray[Any], found: NDArray[Any], relative: float | None) -> bool:
-        """Whether a run is off by more than `relative`, measured by the largest value so far."""
-        if relative is None or reference.shape != found.shape or not reference.size:
+        """Whether a run is off by more than `relative`, measured by the largest value so far, as none was before."""
+        if self.blamed is not None or relative is None or reference.shape != found.shape or not reference.size:
             return False
         a, b = _plain(reference), _plain(found)
         if not np.issubdtype(reference.dtype, np.floating) or _beyond_comparison(a, b) is not None:
@@ -288,16 +293,18 @@ class Tally:
             labelled=labelled,
             reference_accuracy=ours / labelled if labelled else None,
             accuracy=theirs / labelled if labelled else None,
-            rounding=self._share(max(each.model for each in self.rounding)) if self.rounding else None,
-            exact=self._share(max(each.file for each in self.rounding)) if self.rounding else None,
         )
         past = self._share(self.unexplained) if limits.rounding else relative
-        missed = tuple(_missed(found, self.wrong, self.top1[1], limits, past))
+        counts = self.blamed if limits.relative is not None and past > limits.relative else self.explained
+        if counts is not None:
+            model, file = self._share(counts.model), self._share(counts.file)
+            found = replace(found, model_rounding=model, file_rounding=file)
+        missed = tuple(_missed(found, self.wrong, self.top1[1], limits, past, counts))
         return replace(found, passed=not missed, missed=missed)
 
 
 def _missed(
-    found: OutputError, wrong: str | None, rows: int, limits: Tolerance, past: float
+    found: OutputError, wrong: str | None, rows: int, limits: Tolerance, past: float, blamed: Rounding | None
 ) -> Iterator[tuple[str, str]]:
     """What was asked and is not so: what was found, and what is allowed. `past` is the error that nothing explains."""
     if wrong is not None:
@@ -308,7 +315,8 @@ def _missed(
             yield f"{found.agreement:.1%} equal", f"at least {limits.agreement:.1%}"
         return
     if limits.relative is not None and past > limits.relative:
-        yield f"relative error {found.relative:.2e}{_beside_double(found)}", f"at most {limits.relative:.0e}"
+        beside = "" if blamed is None else _beside_double(found, blamed)
+        yield f"relative error {past:.2e}{beside}", f"at most {limits.relative:.0e}"
     if limits.cosine is not None and found.cosine < limits.cosine:
         yield f"cosine {found.cosine:.4f}", f"at least {limits.cosine}"
     if limits.max_drop is not None:
@@ -319,10 +327,9 @@ def _missed(
         yield f"top-1 agreement {found.top1:.1%}", f"at least {limits.top1:.1%}"
 
 
-def _beside_double(found: OutputError) -> str:
-    if found.rounding is None:
-        return ""
-    return f"; beside double precision {found.exact:.2e}, and {found.rounding:.2e} of the model"
+def _beside_double(found: OutputError, blamed: Rounding) -> str:
+    sizes = f"{found.file_rounding:.2e}, and {found.model_rounding:.2e} of the model"
+    return f"; beside double precision {sizes}: {blamed.why}"
 
 
 def _dropped(found: OutputError, most: float) -> Iterator[tuple[str, str]]:

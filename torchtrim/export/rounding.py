@@ -9,40 +9,62 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtrim.errors import InputError, ModelError
 from torchtrim.export.outputs import named_outputs
 from torchtrim.export.stand_in import run_once
-from torchtrim.graph.copying import structural_copy
+from torchtrim.graph.copying import full_copy
 from torchtrim.graph.inputs import Inputs
+from torchtrim.graph.operators import draws
 
 # Two orders of the same sums are off by different amounts: 2.4 times, of a linear layer with weights that cancel.
 SHARE = 4.0
 MOST = 0.1  # of the largest value
 
 
-def in_double(model: nn.Module, inputs: Inputs) -> list[NDArray[Any]] | None:
-    """The outputs of a model in double precision, in the order of `named_outputs`.
+class InDouble:
+    """A copy of a model in double precision, made when it is first run. It takes twice the memory of the model.
 
-    The weights are copied for it: twice the memory of float32 ones, for the length of the run.
-
-    Returns:
-        None where the model cannot be run so: its code asks for one type, the memory is too small, or the device has
-        no double precision.
-
-    Example:
-        >>> [output.dtype.name for output in in_double(nn.Linear(2, 1), Inputs.of(torch.ones(1, 2)))]
-        ['float64']
+    Args:
+        model: The model, which is left as it is.
     """
-    wide: dict[int, torch.Tensor] = {}
-    try:
-        wide |= {id(each): nn.Parameter(_widened(each.detach()), False) for each in model.parameters() if _narrow(each)}
-        wide |= {id(each): _widened(each.detach()) for each in model.buffers() if _narrow(each)}
-        twin = structural_copy(model, own_buffers=True, stand_ins=wide)
-        outputs = named_outputs(run_once(twin, inputs.map(_widened)))
-    except (InputError, ModelError, MemoryError, RuntimeError, TypeError):  # of torch: too large, or a device without
-        return None
-    return [np.asarray(_comparable(output.detach().cpu()).numpy()) for output in outputs.values()]
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._twin: nn.Module | None = None
+
+    def outputs(self, inputs: Inputs) -> list[NDArray[Any]] | None:
+        """The outputs, in the order of `named_outputs`.
+
+        Returns:
+            None where they cannot be had: the code asks for one type, the memory is too small, the device has no double
+            precision; or where they are others: of random numbers, which double precision draws anew.
+
+        Example:
+            >>> (found,) = InDouble(nn.Linear(2, 1)).outputs(Inputs.of(torch.ones(1, 2)))
+            >>> found.dtype.name
+            'float64'
+        """
+        watch = _Draws()  # type: ignore[no-untyped-call]
+        try:
+            if self._twin is None:
+                self._twin = full_copy(self._model).double()
+            with watch:
+                found = named_outputs(run_once(self._twin, inputs.map(_widened)))
+            arrays = [_widened(output.detach()).cpu().numpy() for output in found.values()]
+        except Exception:  # noqa: BLE001 -- whatever a forward raises that is written for one type of numbers
+            return None
+        return None if watch.drew else arrays
+
+
+class _Draws(TorchDispatchMode):
+    """Whether random numbers were drawn."""
+
+    drew = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drew |= draws(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -52,18 +74,22 @@ class Rounding:
     Attributes:
         model: The model's, in float32.
         file: The file's.
-        alike: Whether no row of the file is off by more than rounding.
+        why: Why the file's is more than rounding; None where it is not.
     """
 
     model: float
     file: float
-    alike: bool
+    why: str | None = None
 
 
 def rounding_of(
     model: NDArray[Any], file: NDArray[Any], exact: NDArray[Any], relative: float | None
 ) -> Rounding | None:
-    """Whether a file is as near to the exact outputs as the model is, in each row.
+    """Whether a file is as near to the exact outputs as the model is.
+
+    It is where neither is off by more than a tenth of the largest value, and where no row of the file is off by more
+    than `relative` of that, or than four times what the model's own row is off, in its largest and in its mean square
+    error; of classes, where the file chooses the exact one as often as the model does.
 
     Args:
         model: What the model gives, shape `(rows, ...)` or `()`.
@@ -72,44 +98,49 @@ def rounding_of(
         relative: The error that is allowed in any case, as a share of the largest exact value.
 
     Returns:
-        None where that cannot be told: other shapes, or numbers that are not finite. `alike`: each row of the file is
-        off by no more than that share, or than four times what the model's own row is off; and the model by a tenth of
-        the largest value at most. More is no rounding: in double precision the model chose another way.
+        None where that cannot be told: other shapes, or numbers that are not finite.
 
     Example:
         >>> exact = np.array([[1.0, 2.0], [3.0, 4.0]])
-        >>> rounding_of(exact + [[0.1], [0.0]], exact - [[0.1], [0.0]], exact, 1e-3).alike
-        True
-        >>> rounding_of(exact + [[0.1], [0.0]], exact - [[0.0], [0.1]], exact, 1e-3).alike
-        False
+        >>> rounding_of(exact + [[0.1], [0.0]], exact - [[0.1], [0.0]], exact, 1e-3).why
+        >>> rounding_of(exact + [[0.1], [0.0]], exact - [[0.0], [0.1]], exact, 1e-3).why
+        'a row of the file is off by more than four times as much as that of the model'
     """
     if not (model.shape == file.shape == exact.shape and exact.size):
         return None
     if not all(np.isfinite(values).all() for values in (model, file, exact)):
         return None
-    reference = exact.astype(np.float64)
-    own, found = _by_row(model, reference), _by_row(file, reference)
-    largest = float(np.abs(reference).max())
-    allowed = np.maximum((relative or 0.0) * largest, SHARE * own)
-    alike = bool((found <= allowed).all() and own.max() <= MOST * largest)
-    return Rounding(float(own.max()), float(found.max()), alike)
+    by_row = [_rows(values) for values in (model, file, exact)]
+    own, found = (np.abs(values - by_row[2]) for values in by_row[:2])
+    largest = float(np.abs(exact).max())
+    return Rounding(float(own.max()), float(found.max()), _too_much(own, found, largest, relative or 0.0, *by_row))
 
 
-def _by_row(values: NDArray[Any], exact: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The largest error of each row."""
-    error = np.abs(values.astype(np.float64) - exact)
-    rows = len(error) if error.ndim else 1
-    return np.asarray(error.reshape(rows, -1).max(1))
+def _too_much(
+    own: NDArray[np.float64],
+    found: NDArray[np.float64],
+    largest: float,
+    relative: float,
+    model: NDArray[np.float64],
+    file: NDArray[np.float64],
+    exact: NDArray[np.float64],
+) -> str | None:
+    if max(own.max(), found.max()) > MOST * largest:
+        return "more than a tenth of the largest value is no rounding"
+    pairs = ((own.max(1), found.max(1)), tuple(np.sqrt((each**2).mean(1)) for each in (own, found)))
+    for ours, theirs in pairs:
+        if (theirs > np.maximum(relative * largest, SHARE * ours)).any():
+            return "a row of the file is off by more than four times as much as that of the model"
+    if exact.shape[1] > 1:
+        choice = exact.argmax(1)
+        if (file.argmax(1) == choice).sum() < (model.argmax(1) == choice).sum():
+            return "the file's largest columns are others"
+    return None
 
 
-def _narrow(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.float32
-
-
-def _comparable(tensor: torch.Tensor) -> torch.Tensor:
-    """NumPy has no bfloat16."""
-    return tensor.double() if tensor.is_floating_point() else tensor
+def _rows(values: NDArray[Any]) -> NDArray[np.float64]:
+    return values.astype(np.float64).reshape(len(values) if values.ndim else 1, -1)
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.double() if _narrow(tensor) else tensor
+    return tensor.double() if tensor.is_floating_point() else tensor

@@ -20,7 +20,7 @@ from torchtrim.errors import ExportMismatch, InputError, ModelError
 from torchtrim.export.compare import TOLERANCES, OutputError, Tally, Tolerance, output_of_classes
 from torchtrim.export.outputs import named_outputs
 from torchtrim.export.repeat import differing, module_that_differs
-from torchtrim.export.rounding import Rounding, in_double, rounding_of
+from torchtrim.export.rounding import InDouble, Rounding, rounding_of
 from torchtrim.export.runs import Data, Run, feed_of, runs_of
 from torchtrim.export.scheme import scheme_of
 from torchtrim.export.stand_in import run_once, stand_in
@@ -193,7 +193,8 @@ def verify_onnx(
 
     Where a float32 file is past the default tolerance, the model runs in double precision too, with a copy of its
     weights. A file whose every row is no farther from that than four times the model's own row in float32 passes, and
-    `notes` tells both: such a difference is rounding. One past a tenth of the largest value never is.
+    `notes` tells both: such a difference is rounding. More than a tenth of the largest value never is, nor what changes
+    from one time to the next.
 
     Args:
         path: The ONNX file.
@@ -236,6 +237,7 @@ def verify_onnx(
     if max_drop is not None:
         limits = replace(limits, max_drop=max_drop)
     beside: nn.Module | None = None
+    double: InDouble | None = None
     tallies: dict[str, Tally] = {name: Tally(name) for name in session.output_names}
     sizes: list[int] = []
     shapes: dict[tuple[int, ...], None] = {}
@@ -248,7 +250,11 @@ def verify_onnx(
             if run.resized and not _takes(beside, run):
                 notes.append(f"the model does not take {run.inputs.describe()}, so the file was not run on it")
                 continue
-            told, classes = _compare(beside, session, run, tallies, classes, limits, twice=first is None)
+            if first is None and limits.rounding:
+                double = InDouble(beside)
+            told, classes = _compare(beside, session, run, tallies, classes, limits, double, twice=first is None)
+            if told:
+                double = None  # what changes from one time to the next is no rounding
             notes += told
             first = first or run
             sizes.append(run.inputs.batch)
@@ -288,9 +294,9 @@ def _explained(outputs: Sequence[OutputError], limits: Tolerance) -> list[str]:
     """What passed though it is past the tolerance, since the model's own rounding is as large."""
     return [
         f"{output.name!r}: a relative error of {output.relative:.1e} is rounding: beside double precision the model is "
-        f"off by {output.rounding:.1e}, the file by {output.exact:.1e}"
+        f"off by {output.model_rounding:.1e}, the file by {output.file_rounding:.1e}"
         for output in outputs
-        if output.passed and output.rounding is not None and output.relative > (limits.relative or 0.0)
+        if output.passed and output.model_rounding is not None and output.relative > (limits.relative or 0.0)
     ]
 
 
@@ -335,6 +341,7 @@ def _compare(
     tallies: Mapping[str, Tally],
     classes: str | None,
     limits: Tolerance,
+    double: InDouble | None,
     *,
     twice: bool,
 ) -> tuple[list[str], str | None]:
@@ -374,7 +381,7 @@ def _compare(
                 values[name] = repeated[name]
     if classes is None and run.targets is not None:
         classes = output_of_classes(references, run.targets)
-    rounding = _rounding(model, run, references, values, tallies, limits)
+    rounding = {} if double is None or notes else _rounding(double, run, references, values, tallies, limits)
     for name, tally in tallies.items():
         targets = run.targets if name == classes else None
         tally.add(references[name], values[name], session.path, targets, rounding.get(name))
@@ -382,7 +389,7 @@ def _compare(
 
 
 def _rounding(
-    model: nn.Module,
+    double: InDouble,
     run: Run,
     references: Mapping[str, NDArray[Any]],
     values: Mapping[str, NDArray[Any]],
@@ -390,13 +397,12 @@ def _rounding(
     limits: Tolerance,
 ) -> dict[str, Rounding]:
     """How far the model and the file are from double precision, in the outputs where the two differ by too much."""
-    asked = limits.relative if limits.rounding else None
-    past = [name for name, tally in tallies.items() if tally.past(references[name], values[name], asked)]
-    exact = in_double(model, run.inputs) if past else None
+    past = [name for name, each in references.items() if tallies[name].past(each, values[name], limits.relative)]
+    exact = double.outputs(run.inputs) if past else None
     if exact is None or len(exact) != len(tallies):
         return {}
     doubles = dict(zip(tallies, exact, strict=True))
-    found = {name: rounding_of(references[name], values[name], doubles[name], asked) for name in past}
+    found = {name: rounding_of(references[name], values[name], doubles[name], limits.relative) for name in past}
     return {name: rounding for name, rounding in found.items() if rounding is not None}
 
 
