@@ -22,6 +22,8 @@ _LOGGERS = (
 )
 # A forward may keep tensors in attributes, as recurrent layers do: it writes to the copy that is exported.
 _ATTRIBUTES = r"The tensor attributes? self\..* assigned during export"
+# From torch 2.15 on: torch.export calls it itself, for recurrent layers of an open batch size.
+_SIZES = "_check_is_size will be removed"
 
 
 @contextmanager
@@ -33,6 +35,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), _no_partial_graph():
             warnings.filterwarnings("ignore", message=_ATTRIBUTES, category=UserWarning)
+            warnings.filterwarnings("ignore", message=_SIZES, category=FutureWarning)
             yield
     finally:
         for logger in loggers:
