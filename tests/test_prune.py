@@ -407,3 +407,41 @@ def test_a_function_ranks() -> None:
     narrow = tt.prune_channels(Small(), X, 0.5, importance=lambda group: torch.arange(group.units).float())
     assert pruned_of(narrow).narrowed["norm.weight"] == {"0": tuple(range(16))}
     assert pruned_of(narrow).importance == "<lambda>"
+
+
+class Numbering(nn.Module):
+    """What is made of the largest of the second layer's channels."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.second = kind, nn.Linear(6, 32), nn.Linear(32, 16)
+        self.names = nn.Embedding(16, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.second(self.first(x).relu())
+        if self.kind == "argmax":
+            return y.argmax(1)
+        values, numbers = y.max(1, keepdim=True)
+        return {
+            "values": lambda: values,
+            "returned": lambda: (values, numbers),
+            "looked up": lambda: self.names(numbers),
+            "compared": lambda: values * (numbers < 8),
+            "of a view": lambda: y.unflatten(1, (4, 4)).argmin(2).float() @ x.new_ones(4, 1),
+            "of all": lambda: (y - y.argmax()).mean(1),
+        }[self.kind]()
+
+
+@pytest.mark.parametrize("kind", ["argmax", "returned", "looked up", "compared", "of a view", "of all"])
+def test_channels_that_are_told_by_their_numbers_stay(kind: str) -> None:
+    torch.manual_seed(0)
+    narrow = tt.prune_channels(Numbering(kind).eval(), torch.randn(4, 6), 0.5)
+    assert (narrow.first.out_features, narrow.second.out_features) == (16, 16)
+    assert "their numbers" in " ".join(tt.history(narrow).entries[-1].notes)
+    with pytest.raises(EditError):
+        tt.delete_channels(Numbering(kind).eval(), torch.randn(4, 6), "second", [0])
+
+
+def test_the_largest_of_the_channels_without_its_number_is_no_reason_to_stay() -> None:
+    narrow = tt.prune_channels(Numbering("values").eval(), torch.randn(4, 6), 0.5)
+    assert narrow.second.out_features == 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -50,12 +52,15 @@ def reduction(call: OpCall) -> None:
     layers = without(call, call.layers(source), reduced, mixes=not call.static)
     if call.static:  # a weight that is standardised
         call.channels.mixed += [layer for layer in call.layers(source) if varying(layer) & reduced]
-    for out in tensors_in(call.out):
+    picked = tuple(layer for layer in call.layers(source) if varying(layer) & reduced)
+    for number, out in enumerate(tensors_in(call.out)):
         kept = layers
         if out.dim() < source.dim():
             shape = [axis for axis in range(source.dim()) if axis not in reduced]
             kept = [layer.reshape([layer.shape[axis] for axis in shape]) for layer in layers]
         call.give(out, kept)
+        if picked and out.dtype == torch.int64 and (number or call.name.startswith("arg")):  # the second of `max`
+            call.labels.give(out, replace(call.labels.label(out), numbers=picked))
 
 
 @rule("glu")

@@ -192,6 +192,8 @@ class _Follower(TorchDispatchMode):
         labels = [self.label(tensor) for tensor in given]
         if not given or channels is None:
             return
+        for label in labels:
+            channels.pin_numbered(label, f"{where}, to which their numbers are given")
         static = all(label.static for label in labels)
         arguments = bound(func, args, kwargs)
         call = OpCall(name.removesuffix("_"), arguments, out, channels, self, where, module, static, self.repeating > 0)
@@ -314,6 +316,7 @@ def _run_once(stage: Stage, inputs: Inputs, follower: _Follower, tensors: dict[i
         outputs = given.call(twin)
     if follower.channels is not None:
         for label in map(follower.label, tensors_in(outputs)):
+            follower.channels.pin_numbered(label, "the model's output, which holds their numbers")
             if label.dead:
                 raise EditError("every channel of the model's output would go", hint="leave a channel")
     return run

@@ -45,6 +45,7 @@ class Label:
         dead: Whether all of it goes: it belongs to a branch that is taken out.
         aside: Whether it is a by-product (saved statistics) that nothing in a forward reads.
         made: Whether it is static and a product made it: learned queries that were projected, say.
+        numbers: The channels that it holds the numbers of, as `argmax` gives them: whoever reads these needs them all.
     """
 
     layers: tuple[Layer, ...] = ()
@@ -52,6 +53,7 @@ class Label:
     dead: bool = False
     aside: bool = False
     made: bool = False
+    numbers: tuple[Layer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,11 @@ class Channels:
     def pin(self, layer: Layer, why: str) -> None:
         """Say that channels cannot be deleted."""
         self.link(layer, np.full((), FIXED, dtype=np.int64), why)
+
+    def pin_numbered(self, label: Label, why: str) -> None:
+        """Say that the channels whose numbers a value holds cannot be deleted, since it is read."""
+        for layer in label.numbers:
+            self.pin(layer, why)
 
     def implies(self, all_of: Layer, then: Layer, why: str) -> None:
         """Say that if all of some channels go, others have to."""
