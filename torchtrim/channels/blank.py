@@ -53,7 +53,7 @@ class Blanks:
                 _KNOWN[key] = _UNCHANGED
             return out
         if known is None:
-            out = op(*args, **kwargs)
+            out = grouped_product(*args) if kind.grouped else op(*args, **kwargs)
             if len(_KNOWN) >= _MOST:
                 _KNOWN.clear()
             _KNOWN[key] = _layout(out)
@@ -68,6 +68,24 @@ class Blanks:
         return self._blank[id(tensor)][1]
 
 
+def is_grouped(op: Any) -> bool:
+    """Whether an operator multiplies rows in groups, each group by a matrix of its own: experts."""
+    return bool(op._schema.name == "aten::_grouped_mm")
+
+
+def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """What such a product gives. Without values, torch multiplies bfloat16 alone.
+
+    Raises:
+        RuntimeError: Other operands than rows and matrices, or of other widths.
+    """
+    if (rows.dim(), matrices.dim()) != (2, 3):
+        raise RuntimeError("the shape of a product of groups is known of rows and matrices alone")
+    if rows.shape[1] != matrices.shape[1]:
+        raise RuntimeError(f"rows of {rows.shape[1]} and matrices of {matrices.shape[1]} cannot be multiplied")
+    return rows.new_empty((rows.shape[0], matrices.shape[2]))
+
+
 class _Kind:
     """What is to be known of an operator.
 
@@ -78,6 +96,7 @@ class _Kind:
         writes: Whether it changes an argument.
         plain: Whether all it gives is new.
         in_place: Whether it changes its first argument, no other, and gives just that.
+        grouped: See `is_grouped`.
     """
 
     def __init__(self, op: Any) -> None:
@@ -87,6 +106,7 @@ class _Kind:
         self.pinned = "pin_memory" in names
         self.values = schema.name in ("aten::lift_fresh", "aten::_local_scalar_dense")
         self.writes = schema.is_mutable
+        self.grouped = is_grouped(op)
         aliased = any(each.alias_info is not None for each in (*schema.arguments, *schema.returns))
         written = [argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments]
         single = len(schema.returns) == 1 and schema.returns[0].alias_info is not None

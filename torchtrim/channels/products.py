@@ -22,6 +22,7 @@ from torchtrim.channels.rules import (
     rule,
     shape_of,
     tensors_in,
+    unknown,
     vector,
     without,
 )
@@ -116,6 +117,18 @@ def _product(call: OpCall) -> None:
         sums = [(layers, shape_of(call.out)), (shift, (1,) * (ndim - added.dim()) + shape_of(added))]
         layers = joined(call.channels, sums, call.where)
     call.give(call.out, layers)
+
+
+@rule("_grouped_mm")
+def _experts(call: OpCall) -> None:
+    """Rows in groups, each times a matrix of its own: experts stay, and channels go from all of them alike."""
+    rows, matrices = (_operand(call, call[name]) for name in ("self", "mat2"))
+    if (len(rows[1]), len(matrices[1])) != (2, 3):
+        unknown(call)
+        return
+    held = [call.channels.fixed_along(layer, (0,), call.where) for layer in matrices[0]]
+    layers = [layer.reshape(layer.shape[1:]) for layer in held if layer is not None]
+    call.give(call.out, _contract(call, "mk,kn->mn", [rows, (layers, matrices[1][1:], matrices[2])]))
 
 
 @rule(

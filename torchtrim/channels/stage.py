@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchtrim.channels.attention import FusedAttention
-from torchtrim.channels.blank import META, Blanks
+from torchtrim.channels.blank import META, Blanks, grouped_product, is_grouped
 from torchtrim.channels.labels import Label
 from torchtrim.channels.rules import Labels
 from torchtrim.graph.copying import structural_copy
@@ -72,7 +72,7 @@ class Stage:
 
 
 def _call(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return op(*args, **kwargs)
+    return grouped_product(*args) if is_grouped(op) else op(*args, **kwargs)
 
 
 @contextmanager

@@ -64,6 +64,13 @@ def _matrix_added(args: tuple[Any, ...], out: Any) -> int:
     return int(args[1].shape[0] * args[1].shape[1] * args[2].shape[1])
 
 
+def _grouped(args: tuple[Any, ...], out: Any) -> int:
+    """Rows of the first operand in groups, each with a matrix of its own; two matrices are grouped along their sum."""
+    one, other = args[:2]
+    along = one.dim() == other.dim() == 2
+    return int(one.numel() * other.shape[1] if along else out.numel() * one.shape[-1])
+
+
 def _trilinear(args: tuple[Any, ...], out: Any) -> int:
     # nn.Bilinear calls it with (batch, 1, in1, 1), (1, out, in1, in2), (batch, 1, 1, in2): every weight once a row.
     return int(args[0].shape[0] * args[1].numel())
@@ -92,6 +99,7 @@ _FORMULAS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {
     "aten.addmv": _vector_added,
     "aten.addbmm": _batches_added,
     "aten._addmm_activation": _matrix_added,
+    "aten._grouped_mm": _grouped,
     "aten._trilinear": _trilinear,
     "torchvision.deform_conv2d": _deformable,
 }
