@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -409,6 +410,11 @@ def test_a_function_ranks() -> None:
     assert pruned_of(narrow).importance == "<lambda>"
 
 
+@dataclass
+class Answer:
+    value: Any
+
+
 class Numbering(nn.Module):
     """What is made of the largest of the second layer's channels."""
 
@@ -425,6 +431,7 @@ class Numbering(nn.Module):
         return {
             "values": lambda: values,
             "returned": lambda: (values, numbers),
+            "in a dataclass": lambda: Answer({"number": numbers}),
             "looked up": lambda: self.names(numbers),
             "compared": lambda: values * (numbers < 8),
             "of a view": lambda: y.unflatten(1, (4, 4)).argmin(2).float() @ x.new_ones(4, 1),
@@ -432,7 +439,9 @@ class Numbering(nn.Module):
         }[self.kind]()
 
 
-@pytest.mark.parametrize("kind", ["argmax", "returned", "looked up", "compared", "of a view", "of all"])
+@pytest.mark.parametrize(
+    "kind", ["argmax", "returned", "in a dataclass", "looked up", "compared", "of a view", "of all"]
+)
 def test_channels_that_are_told_by_their_numbers_stay(kind: str) -> None:
     torch.manual_seed(0)
     narrow = tt.prune_channels(Numbering(kind).eval(), torch.randn(4, 6), 0.5)

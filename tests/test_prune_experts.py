@@ -68,15 +68,62 @@ def test_experts_get_narrower_alike() -> None:
 
 def test_multiply_accumulates_of_groups() -> None:
     rows, matrices = torch.zeros(10, 16), torch.zeros(4, 16, 24)
-    made = grouped_product(rows, matrices)
+    offsets = torch.zeros(4, dtype=torch.int32)
+    made = grouped_product(rows, matrices, offsets)
     assert tuple(made.shape) == (10, 24)
     op = torch.ops.aten._grouped_mm.default
     assert macs_of(op, (rows, matrices), {}, made) == 10 * 16 * 24
     assert macs_of(op, (rows.T, rows), {}, torch.zeros(4, 16, 16)) == 10 * 16 * 16
     with pytest.raises(RuntimeError, match="rows of 15"):
-        grouped_product(torch.zeros(10, 15), matrices)
-    with pytest.raises(RuntimeError, match="rows and matrices alone"):
-        grouped_product(matrices, matrices)
+        grouped_product(torch.zeros(10, 15), matrices, offsets)
+    with pytest.raises(RuntimeError, match="3 groups, and 4 matrices"):
+        grouped_product(rows, matrices, offsets[1:])
+    with pytest.raises(RuntimeError, match="16 bytes"):
+        grouped_product(torch.zeros(10, 18), torch.zeros(4, 18, 24), offsets)
+
+
+def test_experts_that_no_kernel_would_take_are_left_alone() -> None:
+    torch.manual_seed(0)
+    net, x = Net().eval().bfloat16(), torch.randn(40, 6).bfloat16()
+    narrow = tt.prune_channels(net, x, 0.5)  # 12 of 24 are no multiple of 16 bytes
+    assert tuple(narrow.experts.down.shape) == (4, 24, 16)
+    told = " ".join(tt.history(narrow).entries[-1].notes)
+    assert "products of groups need widths of 16 bytes (a larger round_to gives such)" in told
+    assert tuple(tt.prune_channels(net, x, 0.5, round_to=16).experts.down.shape) == (4, 16, 8)
+
+
+def test_groups_that_are_computed_are_as_many_as_there_are_experts() -> None:
+    class Counted(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            counts = (self.experts.router(x) > 0).sum(0).clamp(max=len(x) // 4)
+            made = functional.grouped_mm(x, self.experts.up, offs=counts.cumsum(0, dtype=torch.int32))
+            return self.head(x + made[:, :16].nan_to_num().clamp(-1, 1))
+
+    net = Counted().eval()
+    narrow = tt.prune_channels(net, torch.randn(40, 6), 0.5, check=False)
+    assert narrow.experts.router.out_features == 4
+
+
+def test_experts_in_one_matrix_are_compared_with_all_of_them_ignored() -> None:
+    class Flat(Experts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Parameter(self.down.detach().flatten(0, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            chosen, order = self.router(x).argmax(-1).sort()
+            counts = torch.histc(chosen.float(), bins=self.num_experts, min=0, max=self.num_experts - 1)
+            offsets = counts.cumsum(0, dtype=torch.int32)
+            gate, up = functional.grouped_mm(x[order], self.up, offs=offsets).chunk(2, -1)
+            down = self.down.view(self.num_experts, -1, x.shape[1])
+            return functional.grouped_mm(gate.relu() * up, down, offs=offsets)[order.argsort()]
+
+    net, x = Net().eval(), torch.randn(40, 6)
+    net.experts = Flat().eval()
+    narrow = tt.prune_channels(net, x, 0.5)
+    assert narrow.experts.down.shape[1] == 8
+    assert any(line.startswith("eval") and "equal" in line for line in tt.history(narrow).entries[-1].checked)
 
 
 def test_a_model_of_experts_is_counted_as_it_runs() -> None:

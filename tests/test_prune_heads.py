@@ -42,6 +42,8 @@ class ByHeads(nn.Module):
         if self.kind == "turned":  # by rotary embeddings over all of a head: the part that is left out is empty
             q, rest = q[..., : self.head_dim], q[..., self.head_dim :]
             q = torch.cat([torch.cat([-q[..., 4:], q[..., :4]], -1), rest], -1)
+        if self.kind == "split":
+            q = torch.cat(q.split([self.head_dim, q.shape[-1] - self.head_dim], -1), -1)
         if self.kind == "interleaved":  # rotary embeddings of neighbours
             q = torch.stack([-q[..., 1::2], q[..., ::2]], -1).reshape(q.shape)
         if self.kind == "einsum":
@@ -53,7 +55,7 @@ class ByHeads(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(batch, count, -1))
 
 
-@pytest.mark.parametrize("kind", ["depthwise", "einsum", "repeated", "turned", "interleaved"])
+@pytest.mark.parametrize("kind", ["depthwise", "einsum", "repeated", "turned", "split", "interleaved"])
 def test_heads_go_whole_beside_what_they_share(kind: str) -> None:
     torch.manual_seed(0)
     net, x = ByHeads(kind).eval(), torch.randn(2, 9, 6)
@@ -140,6 +142,105 @@ def test_what_a_module_computed_from_its_heads_is_computed_anew(drops: bool, in_
         assert net.kept["cpu"] is kept
         again = tt.apply(net, x, record)
         torch.testing.assert_close(again(x), narrow(x), atol=0, rtol=0)
+
+
+class Doubled(nn.Module):
+    """A layer that keeps twice its weight once it has run in eval mode, or from the change of mode on."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.weight, self.heads, self.when = nn.Parameter(torch.randn(16, 32)), 4, when
+        self.kept: torch.Tensor | None = None
+
+    def twice(self) -> torch.Tensor:
+        return 2 * self.weight.detach().view(self.heads, -1, self.weight.shape[1]).flatten(0, 1)
+
+    def train(self, mode: bool = True) -> Doubled:
+        super().train(mode)
+        self.kept = self.twice() if self.when == "mode" and not mode else None
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return x @ (2 * self.weight).T
+        if self.kept is None:
+            self.kept = self.twice()
+        return x @ self.kept.T
+
+
+@pytest.mark.parametrize("when", ["run", "mode"])
+def test_what_a_layer_kept_of_its_weight_is_not_compared_with(when: str) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), Doubled(when), nn.Linear(16, 3)).eval(), torch.randn(4, 6)
+    net(x)
+    narrow = tt.prune_channels(net, x, 0.5, round_to=4)
+    assert narrow[0].out_features == 16
+    twin = copy.deepcopy(net)
+    lost = tt.history(narrow).edits[-1].narrowed
+    twin[2].weight.data[:, list(lost["2.weight"]["1"])] = 0
+    twin[3].weight.data[:, list(lost["3.weight"]["1"])] = 0
+    twin.train().eval()
+    torch.testing.assert_close(narrow(x), twin(x), atol=1e-5, rtol=1e-5)
+
+
+class Gathering(nn.Module):
+    """Keeps the mean of what it gives in training, and begins anew with each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.mean = nn.Linear(6, 32), nn.Linear(32, 3), torch.zeros(3)
+
+    def train(self, mode: bool = True) -> Gathering:
+        self.mean = torch.zeros(3) if mode else self.mean
+        super().train(mode)
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.last(self.first(x).relu())
+        if self.training:
+            self.mean = self.mean + y.detach().mean(0)
+        return y - self.mean
+
+
+def test_what_a_module_gathered_is_not_dropped_with_others_weights() -> None:
+    net, x = Gathering(), torch.randn(4, 6)
+    net(x)
+    net.eval()
+    gathered = net.mean.clone()
+    assert gathered.abs().min() > 0
+    narrow = tt.prune_channels(net, x, 0.5)
+    assert torch.equal(narrow.mean, gathered)
+    assert torch.equal(net.mean, gathered)
+
+
+class Merging(nn.Linear):
+    """Low-rank weights beside its own, which its own take up in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 32)
+        self.down, self.up, self.merged = nn.Parameter(torch.randn(2, 32)), nn.Parameter(torch.randn(32, 2)), False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if self.merged is mode:
+            self.weight.data += (-1 if mode else 1) * (self.up @ self.down).data
+            self.merged = not mode
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_that_a_module_merges_do_not_move(training: bool) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 32), Merging(), nn.Linear(32, 3)).train(training), torch.randn(4, 6)
+    before, expected = net[1].weight.detach().clone(), net(x).detach()
+    narrow = tt.prune_channels(net, x, 0.5, protect=["**"])
+    assert torch.equal(net[1].weight, before)
+    torch.testing.assert_close(net(x), expected, atol=0, rtol=0)
+    torch.testing.assert_close(narrow(x), expected, atol=1e-5, rtol=1e-5)
 
 
 class Queries(nn.Module):

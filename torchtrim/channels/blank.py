@@ -8,6 +8,7 @@ refuses, and fake tensors can tell.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -53,7 +54,7 @@ class Blanks:
                 _KNOWN[key] = _UNCHANGED
             return out
         if known is None:
-            out = grouped_product(*args) if kind.grouped else op(*args, **kwargs)
+            out = grouped_product(*args, **kwargs) if is_grouped(op, args) else op(*args, **kwargs)
             if len(_KNOWN) >= _MOST:
                 _KNOWN.clear()
             _KNOWN[key] = _layout(out)
@@ -68,22 +69,28 @@ class Blanks:
         return self._blank[id(tensor)][1]
 
 
-def is_grouped(op: Any) -> bool:
+def is_grouped(op: Any, args: Sequence[Any]) -> bool:
     """Whether an operator multiplies rows in groups, each group by a matrix of its own: experts."""
-    return bool(op._schema.name == "aten::_grouped_mm")
+    return bool(op._schema.name == "aten::_grouped_mm") and [each.dim() for each in args[:2]] == [2, 3]
 
 
-def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, *rest: Any) -> torch.Tensor:
+def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, offs: torch.Tensor, *rest: Any) -> torch.Tensor:
     """What such a product gives. Without values, torch multiplies bfloat16 alone.
 
     Raises:
-        RuntimeError: Other operands than rows and matrices, or of other widths.
+        RuntimeError: The two do not fit together, or lie in memory as no kernel takes them.
     """
-    if (rows.dim(), matrices.dim()) != (2, 3):
-        raise RuntimeError("the shape of a product of groups is known of rows and matrices alone")
     if rows.shape[1] != matrices.shape[1]:
         raise RuntimeError(f"rows of {rows.shape[1]} and matrices of {matrices.shape[1]} cannot be multiplied")
+    if len(offs) != len(matrices):
+        raise RuntimeError(f"there are {len(offs)} groups, and {len(matrices)} matrices")
+    steps = [step * each.element_size() for each in (rows, matrices) for step in each.stride() if step != 1]
+    if any(step % _ALIGNED for step in steps):
+        raise RuntimeError(f"products of groups need widths of {_ALIGNED} bytes (a larger round_to gives such)")
     return rows.new_empty((rows.shape[0], matrices.shape[2]))
+
+
+_ALIGNED = 16
 
 
 class _Kind:
@@ -96,7 +103,6 @@ class _Kind:
         writes: Whether it changes an argument.
         plain: Whether all it gives is new.
         in_place: Whether it changes its first argument, no other, and gives just that.
-        grouped: See `is_grouped`.
     """
 
     def __init__(self, op: Any) -> None:
@@ -106,7 +112,6 @@ class _Kind:
         self.pinned = "pin_memory" in names
         self.values = schema.name in ("aten::lift_fresh", "aten::_local_scalar_dense")
         self.writes = schema.is_mutable
-        self.grouped = is_grouped(op)
         aliased = any(each.alias_info is not None for each in (*schema.arguments, *schema.returns))
         written = [argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments]
         single = len(schema.returns) == 1 and schema.returns[0].alias_info is not None

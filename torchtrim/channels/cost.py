@@ -113,6 +113,8 @@ class Sizes:
             shrinks = []
             for number, (_, label) in enumerate(side):
                 for axis, table in _lines(label):
+                    if not table.size:
+                        continue
                     key = np.int64(table.shape[1]).tobytes() + table.tobytes()
                     if key not in known:
                         known[key] = len(first)

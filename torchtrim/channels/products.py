@@ -126,7 +126,10 @@ def _experts(call: OpCall) -> None:
     if (len(rows[1]), len(matrices[1])) != (2, 3):
         unknown(call)
         return
+    call.pin(call.layers(call.arguments.get("offs")))
     held = [call.channels.fixed_along(layer, (0,), call.where) for layer in matrices[0]]
+    if matrices[2]:
+        call.channels.consumed += [layer for layer in matrices[0] if 1 in varying(layer)]
     layers = [layer.reshape(layer.shape[1:]) for layer in held if layer is not None]
     call.give(call.out, _contract(call, "mk,kn->mn", [rows, (layers, matrices[1][1:], matrices[2])]))
 

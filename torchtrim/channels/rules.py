@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -112,14 +112,19 @@ def extent_of(tensor: torch.Tensor, layers: Sequence[Layer]) -> Shape:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """Every tensor in arguments or results, in order."""
+    """Every tensor in arguments or results, in order; dataclasses are looked into."""
     if isinstance(value, torch.Tensor):
         return [value]
     if type(value) in (tuple, list, dict):
         return [tensor for item in (value.values() if type(value) is dict else value) for tensor in tensors_in(item)]
     if value is None or type(value) in (int, float, bool, str):
         return []
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [tensor for field in fields(value) for tensor in tensors_in(getattr(value, field.name))]
+    parts = pytree.tree_leaves(value)
+    if len(parts) == 1 and parts[0] is value:
+        return []
+    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 def along(vector: Layer, axis: int, ndim: int) -> Layer:

@@ -72,7 +72,7 @@ class Stage:
 
 
 def _call(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return grouped_product(*args) if is_grouped(op) else op(*args, **kwargs)
+    return grouped_product(*args, **kwargs) if is_grouped(op, args) else op(*args, **kwargs)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torchtrim.edits.work import Work
 from torchtrim.errors import CheckFailed, EditError, GuardError
 from torchtrim.graph.check import Side, Variant, differs, run, variants
 from torchtrim.graph.copying import full_copy, is_meta, structural_copy
+from torchtrim.graph.stale import forget_computed
 
 
 def check_shapes(work: Work, flow: Flow, gone: Mask, *, cut: bool) -> None:
@@ -256,6 +257,7 @@ def _ignoring(model: nn.Module, flow: Flow, gone: Mask) -> nn.Module:
             tensors[name] = new[id(tensor)]
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+    forget_computed(twin, new.values())
     modules = dict(twin.named_modules())
     for path in {path: None for each in flow.runs for path in each.calls if any(dead_calls(each, path))}:
         modules[path].register_forward_hook(_Silent(*(dead_calls(each, path) for each in flow.runs)))

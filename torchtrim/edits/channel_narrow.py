@@ -15,7 +15,6 @@ from torchtrim.channels.labels import Label, Layer, Mask, kept_indices, varying
 from torchtrim.edits.truth import set_attributes, tell_the_truth
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError
-from torchtrim.graph.stale import forget_computed
 
 __all__ = ["Narrowing", "narrow", "narrowings", "set_attributes", "tell_the_truth"]
 
@@ -60,6 +59,11 @@ def narrowings(model: nn.Module, flow: Flow, gone: Mask) -> list[Narrowing]:
     return found
 
 
+def changed_in(changes: list[Narrowing]) -> list[torch.Tensor]:
+    """The tensors that stand in place of those that lost something."""
+    return [getattr(change.owner, change.name) for change in changes]
+
+
 def narrow(work: Work, changes: list[Narrowing]) -> None:
     """Put narrower tensors in place of those that lose something, wherever they are referred to."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -80,7 +84,6 @@ def narrow(work: Work, changes: list[Narrowing]) -> None:
     for module in work.model.modules():
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
-    forget_computed(work.model)
 
 
 def _taken(

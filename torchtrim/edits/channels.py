@@ -16,13 +16,14 @@ from torchtrim.channels.labels import FIXED, Label, Layer, Mask, varying
 from torchtrim.edits.apply import run
 from torchtrim.edits.channel_branches import take_out
 from torchtrim.edits.channel_check import check_shapes, check_values, refuse_uneven
-from torchtrim.edits.channel_narrow import narrow, narrowings, tell_the_truth
+from torchtrim.edits.channel_narrow import changed_in, narrow, narrowings, tell_the_truth
 from torchtrim.edits.edit import Edit
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import EditError, PathError, SelectionError, nearest
 from torchtrim.graph.copying import unwrap
 from torchtrim.graph.inputs import ExampleInputs
 from torchtrim.graph.reader import inputs_for
+from torchtrim.graph.stale import forget_computed
 
 Selection = int | slice | Iterable[Any] | torch.Tensor
 
@@ -63,6 +64,7 @@ class DeleteChannels(Edit):
         changes = narrowings(work.model, flow, gone)
         narrow(work, changes)
         tell_the_truth(work.model, flow, gone, {change.owner for change in changes})
+        forget_computed(work.model, changed_in(changes))
         check_shapes(work, flow, gone, cut=bool(dead))
         if work.check:
             work.checked += check_values(work, flow, gone)

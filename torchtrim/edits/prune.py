@@ -30,6 +30,7 @@ from torchtrim.graph import check as checks
 from torchtrim.graph.check import Side, variants
 from torchtrim.graph.copying import is_meta, paused_collection
 from torchtrim.graph.paths import What, check_selection, describe, several, spelled
+from torchtrim.graph.stale import forget_computed
 from torchtrim.importance.channels import Importance
 from torchtrim.importance.gradients import Loss
 
@@ -179,8 +180,9 @@ class PruneChannels(Edit):
     def _again(self, work: Work, pruned: Pruned) -> Edit:
         """Do what the record says."""
         widen(work)
-        narrow_again(work, pruned)
+        changed = narrow_again(work, pruned)
         set_attributes(work.model, pruned.attributes)
+        forget_computed(work.model, changed)
         unwiden(work)
         if pruned.weights is not None:
             set_tensors(work, pruned.weights)

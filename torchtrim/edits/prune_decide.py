@@ -14,7 +14,7 @@ from torchtrim.channels.labels import Layer, Mask
 from torchtrim.channels.settle import settle
 from torchtrim.channels.units import IntArray
 from torchtrim.edits.channel_check import check_shapes
-from torchtrim.edits.channel_narrow import Narrowing, narrow, narrowings
+from torchtrim.edits.channel_narrow import Narrowing, changed_in, narrow, narrowings
 from torchtrim.edits.truth import Numbers, set_attributes, tell_the_truth
 from torchtrim.edits.work import Work
 from torchtrim.errors import EditError
@@ -52,7 +52,7 @@ class Decision:
         for new, old in self.tried.came_from.items():
             work.came_from[new] = work.came_from.pop(old, old)
         set_attributes(work.model, self.attributes)
-        forget_computed(work.model)
+        forget_computed(work.model, changed_in(self.changes))
 
 
 def decide(work: Work, found: Dependencies, choose: Callable[[Collection[int]], Mask]) -> Decision:
@@ -134,7 +134,9 @@ def take_out(work: Work, flow: Flow, gone: Mask) -> tuple[list[Narrowing], Numbe
     """
     changes = narrowings(work.model, flow, gone)
     narrow(work, changes)
-    return changes, tell_the_truth(work.model, flow, gone, {change.owner for change in changes})
+    attributes = tell_the_truth(work.model, flow, gone, {change.owner for change in changes})
+    forget_computed(work.model, changed_in(changes))
+    return changes, attributes
 
 
 def _at_fault(

@@ -12,7 +12,7 @@ from torch import nn
 
 from torchtrim.channels.groups import Group
 from torchtrim.channels.labels import Mask
-from torchtrim.edits.channel_narrow import Narrowing, narrow
+from torchtrim.edits.channel_narrow import Narrowing, changed_in, narrow
 from torchtrim.edits.weights import Weights
 from torchtrim.edits.work import Joint, Work
 from torchtrim.errors import EditError
@@ -108,8 +108,8 @@ def shapes_of(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[int, ..
     return {path: tuple(tensor.shape) for path, tensor in _held(model, paths).items()}
 
 
-def narrow_again(work: Work, pruned: Pruned) -> None:
-    """Take out what a record says.
+def narrow_again(work: Work, pruned: Pruned) -> list[torch.Tensor]:
+    """Take out what a record says; returns the tensors that are narrower now.
 
     Raises:
         EditError: The model is not the one that the record was made of; names the tensor. Nothing has changed.
@@ -135,6 +135,7 @@ def narrow_again(work: Work, pruned: Pruned) -> None:
         owner, _, name = path.rpartition(".")
         changes.append(Narrowing(work.model.get_submodule(owner), name, path, taken, removed))
     narrow(work, changes)
+    return changed_in(changes)
 
 
 def _counts(removed: Mapping[str, tuple[int, ...]]) -> str:

@@ -67,7 +67,8 @@ def structural_copy(
     Args:
         model: The model.
         own_buffers: Copy what a run may write to: the buffers, and those parameters that are not in one of torch's own
-            layers (a class token, a scale), which an in-place operation may reach. `source_of` knows their origin.
+            layers (a class token, a scale), or in one that has a `train` of its own, which an in-place operation may
+            reach. `source_of` knows their origin.
         user_hooks: Keep forward hooks that are plain functions. A copy that is run does without: what they write to is
             the user's. Hooks with state of their own (weight norm) are copied with it.
         stand_ins: By the identity of parameters and buffers, what the copy is to hold in their place.
@@ -106,12 +107,13 @@ def source_of(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _within_reach(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that a forward may hand to an operation by themselves."""
+    """Parameters that a forward may hand to an operation by themselves, or a `train` may change."""
     found: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        layer = any(
-            base.__module__.startswith("torch.nn.") and base not in _CONTAINERS for base in type(module).__mro__
-        )
+        kind = type(module)
+        layer = any(base.__module__.startswith("torch.nn.") and base not in _CONTAINERS for base in kind.__mro__)
+        # A `train` of its own may write to the weights, as those do that merge what was trained beside them.
+        layer &= kind.train.__module__.startswith("torch.")
         plain = (held for held in module._parameters.values() if type(held) is nn.Parameter and not held.is_meta)
         found |= {} if layer else {id(held): held for held in plain}
     return list(found.values())
