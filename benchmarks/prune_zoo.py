@@ -76,7 +76,8 @@ def main() -> int:
     every = kept | {options.engine: results}
     if not options.models:
         tables = [totals(every), *(details(engine, found) for engine, found in every.items())]
-        write(stem, {"limits": limits, "settings": settings, "results": every}, *tables, out=options.out, show=False)
+        told = {engine: _without_tracebacks(found) for engine, found in every.items()}
+        write(stem, {"limits": limits, "settings": settings, "results": told}, *tables, out=options.out, show=False)
         if not missing:
             partial.unlink(missing_ok=True)
     print(totals({options.engine: results}).text())
@@ -203,6 +204,17 @@ def _passed(found: dict[str, Any], step: str) -> bool:
 def _share(found: dict[str, Any]) -> float | None:
     share = found.get("macs", {}).get("share")
     return None if share is None else float(share)
+
+
+def _without_tracebacks(results: dict[str, Any]) -> dict[str, Any]:
+    """Those hold the paths of a machine; they are in the `.partial` file while it runs."""
+    return {
+        name: {
+            step: {key: value for key, value in told.items() if key != "traceback"} if isinstance(told, dict) else told
+            for step, told in found.items()
+        }
+        for name, found in results.items()
+    }
 
 
 def _read(partial: Path) -> dict[str, Any]:
