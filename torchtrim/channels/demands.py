@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import mul
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +45,8 @@ class Watching(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func in _SIZES:
             return self._sized(args[0], out, *args[1:], **kwargs)
+        if func in _COUNTS:
+            return reduce(mul, self._sized(args[0], tuple(args[0].shape)), 1) if args[0].dim() else out
         note = _NOTES.get(func)
         if note is not None and (args or kwargs):
             note(self, out, args, kwargs, getattr(func, "__name__", "a call"))
@@ -197,6 +201,7 @@ def _hot(watch: Watching, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 _T = torch.Tensor
 _SIZES = {_T.shape.__get__, _T.size, _T.__len__}  # type: ignore[attr-defined]
+_COUNTS = {_T.numel, _T.nelement, torch.numel}
 _REPEATS = {_T.repeat_interleave, torch.repeat_interleave}
 _Note = Callable[[Watching, Any, tuple[Any, ...], dict[str, Any], str], None]
 _NOTES: dict[Any, _Note] = {
