@@ -119,12 +119,12 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
         return [tensor for item in (value.values() if type(value) is dict else value) for tensor in tensors_in(item)]
     if value is None or type(value) in (int, float, bool, str):
         return []
+    parts = pytree.tree_leaves(value)
+    if len(parts) != 1 or parts[0] is not value:
+        return [tensor for part in parts for tensor in tensors_in(part)]
     if is_dataclass(value) and not isinstance(value, type):
         return [tensor for field in fields(value) for tensor in tensors_in(getattr(value, field.name))]
-    parts = pytree.tree_leaves(value)
-    if len(parts) == 1 and parts[0] is value:
-        return []
-    return [tensor for part in parts for tensor in tensors_in(part)]
+    return []
 
 
 def along(vector: Layer, axis: int, ndim: int) -> Layer:
