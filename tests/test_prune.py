@@ -454,3 +454,18 @@ def test_channels_that_are_told_by_their_numbers_stay(kind: str) -> None:
 def test_the_largest_of_the_channels_without_its_number_is_no_reason_to_stay() -> None:
     narrow = tt.prune_channels(Numbering("values").eval(), torch.randn(4, 6), 0.5)
     assert narrow.second.out_features == 8
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_a_norm_that_leaves_the_last_weight_behind_is_pruned_twice(norm: Any) -> None:
+    torch.manual_seed(0)
+    net, x = (
+        nn.Sequential(nn.Conv2d(3, 32, 3), norm(nn.Conv2d(32, 16, 3)), nn.Conv2d(16, 4, 3)).eval(),
+        torch.randn(2, 3, 9, 9),
+    )
+    once = tt.prune_channels(net, x, 0.5)
+    twice = tt.prune_channels(once, x, 0.5, round_to=4)
+    assert [(layer.in_channels, layer.out_channels) for layer in once] == [(3, 16), (16, 8), (8, 4)]
+    assert [(layer.in_channels, layer.out_channels) for layer in twice] == [(3, 8), (8, 4), (4, 4)]
+    assert tuple(twice(x).shape) == (2, 4, 3, 3)

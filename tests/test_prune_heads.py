@@ -78,7 +78,7 @@ def test_counted_channels_that_are_in_no_heads_stay() -> None:
     narrow = tt.prune_channels(Counted(), torch.randn(2, 6), 0.5, round_to=1)
     assert narrow.first.out_features == 16
     told = " ".join(tt.history(narrow).entries[-1].notes)
-    assert "left alone: first: it runs together with what cannot be narrowed at of its channels, one in 2" in told
+    assert "first: it runs together with what cannot be narrowed at `slice` in the model's forward, which takes" in told
 
 
 def test_a_full_convolution_of_each_head() -> None:

@@ -304,7 +304,7 @@ def _run_once(stage: Stage, inputs: Inputs, follower: _Follower, tensors: dict[i
         stack.enter_context(no_fused_attention())
         stack.enter_context(plain_recurrence())
         twin = stage.twin(follower, tensors, hooks=hooks)
-        twin.train(run.training)  # which need not give itself back
+        twin.train(run.training)  # which need not return self
         stack.enter_context(stage.entered())
         given = stage.given(inputs)
         for tensor in given.tensors:

@@ -45,7 +45,7 @@ class Label:
         dead: Whether all of it goes: it belongs to a branch that is taken out.
         aside: Whether it is a by-product (saved statistics) that nothing in a forward reads.
         made: Whether it is static and a product made it: learned queries that were projected, say.
-        numbers: The channels that it holds the numbers of, as `argmax` gives them: whoever reads these needs them all.
+        numbers: The channels that it holds the numbers of, as of `argmax`; an operator that reads these needs all.
     """
 
     layers: tuple[Layer, ...] = ()
@@ -138,7 +138,7 @@ class Channels:
         self.link(layer, np.full((), FIXED, dtype=np.int64), why)
 
     def pin_numbered(self, label: Label, why: str) -> None:
-        """Say that the channels whose numbers a value holds cannot be deleted, since it is read."""
+        """Say that the channels whose numbers a value holds cannot be deleted: an operator reads the value."""
         for layer in label.numbers:
             self.pin(layer, why)
 
@@ -254,7 +254,7 @@ def lines_of(layer: Layer, axes: Iterable[int]) -> tuple[Layer, Layer]:
 
 
 def kept_indices(layer: Layer, gone: Mask) -> dict[int, Mask] | None:
-    """For each dimension the indices that stay; `None` where what stays has gaps. What is empty tells of none.
+    """For each dimension the indices that stay; `None` where what stays has gaps; none of a layer without entries.
 
     Example:
         >>> layer = np.array([[1, 2], [3, 4]])

@@ -84,7 +84,7 @@ def _slice(call: OpCall) -> None:
         if call["step"] != 1:
             # A step counts anew from what is left: the wrong channels would be taken, without an error. Whole heads
             # may go, each with all that is counted in it.
-            why = f"of its channels, one in {call['step']} is taken by {call.where}"
+            why = f"{call.where}, which takes one channel in {call['step']}"
             call.channels.fixed_along(layer, [axis], why)
         taken = layer[(slice(None),) * axis + (part,)]
         if not varying(taken):

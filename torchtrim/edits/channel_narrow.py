@@ -60,7 +60,7 @@ def narrowings(model: nn.Module, flow: Flow, gone: Mask) -> list[Narrowing]:
 
 
 def changed_in(changes: list[Narrowing]) -> list[torch.Tensor]:
-    """The tensors that stand in place of those that lost something."""
+    """The tensors that replaced those that lost something."""
     return [getattr(change.owner, change.name) for change in changes]
 
 

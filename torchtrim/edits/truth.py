@@ -283,7 +283,7 @@ def _stages(model: nn.Module, calls: Mapping[str, ModuleCall], gone: Mask) -> No
 def _from_weights(module: nn.Module) -> None:
     if is_parametrized(module, "weight"):
         return  # to read it is to compute it: some change their buffers then
-    weight = getattr(module, "weight", None)
+    weight = _weight(module)
     if isinstance(module, nn.RNNBase):
         read, kept = (module._parameters[f"weight_{each}_l0"] for each in ("ih", "hh"))
         if read is not None and kept is not None:
@@ -312,6 +312,12 @@ def _from_weights(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = weight.shape
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.shape[0]
+
+
+def _weight(module: nn.Module) -> Any:
+    """What is trained: `spectral_norm` and `weight_norm` of `nn.utils` leave the last run's in `weight`."""
+    held = (module._parameters.get(name) for name in ("weight", "weight_orig", "weight_v"))
+    return next((each for each in held if each is not None), getattr(module, "weight", None))
 
 
 def _gates(module: nn.RNNBase) -> int:

@@ -114,7 +114,7 @@ class OutputError:
         accuracy: Share of these that the file gets right; None without labels.
         missed: What was found, and what is allowed instead, of all that is not within the tolerance.
         model_rounding: The largest error of the model itself beside double precision, as a share of the largest
-            absolute value, in the run that counts; None where it was not measured, since no error called for it.
+            absolute value, in the run with the largest error; None where no error called for measuring it.
         file_rounding: That of the file.
     """
 

@@ -87,9 +87,9 @@ def rounding_of(
 ) -> Rounding | None:
     """Whether a file is as near to the exact outputs as the model is.
 
-    It is where neither is off by more than a tenth of the largest value, and where no row of the file is off by more
-    than `relative` of that, or than four times what the model's own row is off, in its largest and in its mean square
-    error; of classes, where the file chooses the exact one as often as the model does.
+    It is as near where neither is off by more than a tenth of the largest value, where no row of the file is off by
+    more than `relative` of that or four times what the model's own row is off (in its largest error, and in the root of
+    its mean square), and where the largest entry of a row is the exact one at least as often as in the model's rows.
 
     Args:
         model: What the model gives, shape `(rows, ...)` or `()`.

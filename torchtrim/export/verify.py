@@ -191,10 +191,11 @@ def verify_onnx(
     The file and the model run twice on the first batch: of a file that gives other values each time, the farther ones
     count, and that is said; a model that does so cannot be compared with.
 
-    Where a float32 file is past the default tolerance, the model runs in double precision too, with a copy of its
-    weights. A file whose every row is no farther from that than four times the model's own row in float32 passes, and
-    `notes` tells both: such a difference is rounding. More than a tenth of the largest value never is, nor what changes
-    from one time to the next.
+    Where a float32 file is past the default tolerance, a copy of the model runs in double precision too, if it can.
+    The difference is rounding where each row of the file is off by at most four times as much as the model's own row
+    in float32, or 1e-3 of the largest value; the file passes then, and `notes` tells both errors. Neither may be past a
+    tenth of the largest value; what changes from one time to the next, or draws random numbers, is no rounding. A
+    tolerance that is given is kept as it is.
 
     Args:
         path: The ONNX file.

@@ -23,7 +23,7 @@ def forget_computed(model: nn.Module, changed: Iterable[torch.Tensor]) -> None:
 
     Args:
         model: The model.
-        changed: Parameters and buffers that are others now. Modules that hold none of them are left as they are.
+        changed: Parameters and buffers that replaced others. Modules that hold none of them are left as they are.
 
     Raises:
         EditError: A module's `train` fails.
