@@ -299,6 +299,8 @@ def _read(partial: Path, settings: dict[str, str]) -> dict[str, Any]:
         partial.write_text(json.dumps({"settings": asked}) + "\n", "utf-8")
         return {}
     first, *lines = [json.loads(line) for line in partial.read_text("utf-8").splitlines()]
+    if "settings" not in first:
+        raise SystemExit(f"{partial} does not say what it was begun with: remove it")
     other = {key: kept for key, kept in first["settings"].items() if kept != asked.get(key)}
     if other:
         raise SystemExit(f"{partial} was begun with {other}: give these again, or remove it")

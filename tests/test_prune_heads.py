@@ -246,21 +246,23 @@ def test_weights_that_a_module_merges_do_not_move(training: bool) -> None:
 class Counting(ByHeads):
     """The bias of the keys is set to zero, found by how many numbers there are, as Swin V2 does."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: Callable[[torch.Tensor], int]) -> None:
         super().__init__("depthwise")
+        self.count = count
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.qkv.bias.clone()
-        length = bias.numel() // 3
+        length = self.count(bias) // 3
         bias[length : 2 * length].zero_()
         made = functional.linear(self.stem(x), self.qkv.weight, bias)
         q, k, v = made.reshape(len(x), 9, 3, self.num_heads, 8).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).reshape(len(x), 9, -1))
 
 
-def test_how_many_numbers_there_are_is_a_size() -> None:
+@pytest.mark.parametrize("count", [torch.Tensor.numel, torch.numel, lambda tensor: torch.numel(input=tensor)])
+def test_how_many_numbers_there_are_is_a_size(count: Callable[[torch.Tensor], int]) -> None:
     torch.manual_seed(0)
-    net, x = Counting().eval(), torch.randn(2, 9, 6)
+    net, x = Counting(count).eval(), torch.randn(2, 9, 6)
     narrow = tt.prune_channels(net, x, 0.5)
     assert (narrow.num_heads, narrow.qkv.out_features) == (2, 48)
     torch.testing.assert_close(narrow(x), _with_some_heads(net, narrow)(x), atol=1e-5, rtol=1e-4)

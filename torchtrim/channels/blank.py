@@ -74,7 +74,13 @@ def is_grouped(op: Any, args: Sequence[Any]) -> bool:
     return bool(op._schema.name == "aten::_grouped_mm") and [each.dim() for each in args[:2]] == [2, 3]
 
 
-def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, offs: torch.Tensor, *rest: Any) -> torch.Tensor:
+def grouped_product(
+    rows: torch.Tensor,
+    matrices: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """What such a product gives. Without values, torch multiplies bfloat16 alone.
 
     Raises:
@@ -82,12 +88,13 @@ def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, offs: torch.Tens
     """
     if rows.shape[1] != matrices.shape[1]:
         raise RuntimeError(f"rows of {rows.shape[1]} and matrices of {matrices.shape[1]} cannot be multiplied")
-    if len(offs) != len(matrices):
-        raise RuntimeError(f"there are {len(offs)} groups, and {len(matrices)} matrices")
+    groups = 0 if offs is None else len(offs)
+    if groups != len(matrices):
+        raise RuntimeError(f"there are {groups} groups, and {len(matrices)} matrices")
     steps = [step * each.element_size() for each in (rows, matrices) for step in each.stride() if step != 1]
     if any(step % _ALIGNED for step in steps):
         raise RuntimeError(f"products of groups need widths of {_ALIGNED} bytes (a larger round_to gives such)")
-    return rows.new_empty((rows.shape[0], matrices.shape[2]))
+    return rows.new_empty((rows.shape[0], matrices.shape[2]), dtype=out_dtype)
 
 
 _ALIGNED = 16

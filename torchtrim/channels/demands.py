@@ -46,7 +46,8 @@ class Watching(TorchFunctionMode):
         if func in _SIZES:
             return self._sized(args[0], out, *args[1:], **kwargs)
         if func in _COUNTS:
-            return reduce(mul, self._sized(args[0], tuple(args[0].shape)), 1) if args[0].dim() else out
+            tensor = args[0] if args else kwargs["input"]
+            return reduce(mul, self._sized(tensor, tuple(tensor.shape)), 1)
         note = _NOTES.get(func)
         if note is not None and (args or kwargs):
             note(self, out, args, kwargs, getattr(func, "__name__", "a call"))

@@ -123,7 +123,7 @@ def _product(call: OpCall) -> None:
 def _experts(call: OpCall) -> None:
     """Rows in groups, each times a matrix of its own: experts stay, and channels go from all of them alike."""
     rows, matrices = (_operand(call, call[name]) for name in ("self", "mat2"))
-    if (len(rows[1]), len(matrices[1])) != (2, 3):
+    if (len(rows[1]), len(matrices[1])) != (2, 3) or call.arguments.get("bias") is not None:
         unknown(call)
         return
     call.pin(call.layers(call.arguments.get("offs")))

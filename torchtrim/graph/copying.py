@@ -112,11 +112,15 @@ def _within_reach(model: nn.Module) -> list[nn.Parameter]:
     for module in model.modules():
         kind = type(module)
         layer = any(base.__module__.startswith("torch.nn.") and base not in _CONTAINERS for base in kind.__mro__)
-        # A `train` of its own may write to the weights, as those do that merge what was trained beside them.
-        layer &= kind.train.__module__.startswith("torch.")
+        layer &= not has_own_train(module)  # which may write to them, as those do that merge low-rank weights
         plain = (held for held in module._parameters.values() if type(held) is nn.Parameter and not held.is_meta)
         found |= {} if layer else {id(held): held for held in plain}
     return list(found.values())
+
+
+def has_own_train(module: nn.Module) -> bool:
+    """Whether a module does more than torch's do where its mode changes."""
+    return not getattr(type(module).train, "__module__", "").startswith("torch.")
 
 
 def has_function_hooks(model: nn.Module) -> bool:

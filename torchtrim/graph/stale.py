@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchtrim.errors import EditError
-from torchtrim.graph.copying import kept_modes
+from torchtrim.graph.copying import has_own_train, kept_modes
 from torchtrim.graph.structure import leaves
 
 _HELD = ("_parameters", "_buffers", "_modules")
@@ -47,7 +47,7 @@ def forget_computed(model: nn.Module, changed: Iterable[torch.Tensor]) -> None:
     others = set(map(id, changed))
     for path, module in model.named_modules():
         holds = any(id(held) in others for held in (*module._parameters.values(), *module._buffers.values()))
-        if holds and type(module).train is not nn.Module.train and _keeps_a_tensor(module):
+        if holds and has_own_train(module) and _keeps_a_tensor(module):
             with kept_modes(module):
                 mode = module.training
                 try:
