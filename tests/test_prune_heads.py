@@ -157,7 +157,8 @@ class Doubled(nn.Module):
 
     def train(self, mode: bool = True) -> Doubled:
         super().train(mode)
-        self.kept = self.twice() if self.when == "mode" and not mode else None
+        if self.when == "mode" or mode:
+            self.kept = None if mode else self.twice()
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -181,6 +182,18 @@ def test_what_a_layer_kept_of_its_weight_is_not_compared_with(when: str) -> None
     twin[3].weight.data[:, list(lost["3.weight"]["1"])] = 0
     twin.train().eval()
     torch.testing.assert_close(narrow(x), twin(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("when", ["run", "mode"])
+def test_what_a_layer_kept_is_dropped_where_channels_are_deleted(when: str) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), Doubled(when), nn.Linear(16, 3)).eval(), torch.randn(4, 6)
+    net(x)
+    narrow = tt.delete_channels(net, x, "0", [0, 5])
+    assert narrow[2].kept is None or narrow[2].kept.shape == (16, 30)
+    with torch.no_grad():
+        expected = net[3](net[1](net[0](x))[:, [*range(1, 5), *range(6, 32)]] @ (2 * narrow[2].weight).T)
+    torch.testing.assert_close(narrow(x), expected, atol=1e-5, rtol=1e-5)
 
 
 class Gathering(nn.Module):
